@@ -1,0 +1,1 @@
+"""Model directory -> verified ONNX directory -> answers. Read first: serving/engine.py."""

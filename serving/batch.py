@@ -1,0 +1,101 @@
+"""Offline batches: rows of a JSONL file -> rows with the generated text, in the order of the input."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from serving.directory import BadInput
+from serving.engine import Engine
+from serving.request import QueueFull, Request, Sampling
+from serving.text import Text
+
+Row = dict[str, Any]
+
+
+class RowError(BadInput):
+    """An input row that cannot be answered; says which one and why."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a JSONL file, each with `prompt` or `messages`. Raises RowError naming the first bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RowError(f"--input: {path} cannot be read ({error}); expected a UTF-8 JSONL file") from None
+    rows = [_parse(line, f"--input: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise RowError(f"--input: {path} has no rows; expected one JSON object a line")
+    return rows
+
+
+def prompt_ids(row: Row, text: Text, *, prompts_are_chats: bool) -> list[int]:
+    """Return the token ids of a row: `messages` through the chat template, `prompt` as one user turn or as plain text."""
+    if "messages" in row:
+        return text.chat(row["messages"])
+    if prompts_are_chats:
+        return text.chat([{"role": "user", "content": row["prompt"]}])
+    return text.encode(row["prompt"])
+
+
+def generate(
+    engine: Engine,
+    text: Text,
+    rows: list[Row],
+    sampling: Sampling,
+    *,
+    prompts_are_chats: bool,
+    on_finish: Callable[[int], None] | None = None,
+) -> Iterator[Row]:
+    """Decode all rows in continuous batches; yield `{id, text, finish_reason, prompt_tokens, completion_tokens}` in order.
+
+    `on_finish` is called with the number of finished rows whenever that grows. Raises RowError before any decoding if
+    a row cannot run, and RuntimeError if the model failed on one.
+    """
+    requests = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = prompt_ids(row, text, prompts_are_chats=prompts_are_chats)
+            engine.check(request := Request(str(row.get("id", number)), ids, sampling))
+        except BadInput as error:
+            raise RowError(f"row {number}: {error}") from None
+        requests.append(request)
+    _run(engine, requests, on_finish or (lambda finished: None))
+    for row, request in zip(rows, requests, strict=True):
+        if request.error:
+            raise RuntimeError(f"row {request.id}: {request.error}")
+        yield {
+            "id": row.get("id", request.id),
+            "text": text.decode(request.output_ids),
+            "finish_reason": request.finish_reason,
+            "prompt_tokens": len(request.prompt_ids),
+            "completion_tokens": len(request.output_ids),
+        }
+
+
+def _run(engine: Engine, requests: list[Request], on_finish: Callable[[int], None]) -> None:
+    waiting = list(reversed(requests))
+    finished = 0
+    while waiting or not engine.idle:
+        while waiting:
+            try:
+                engine.add(waiting[-1])
+            except QueueFull:
+                break
+            waiting.pop()
+        done = sum(request.is_finished for request in engine.step())
+        if done:
+            finished += done
+            on_finish(finished)
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RowError(f"{where}: not JSON ({error}); mend or remove the line") from None
+    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
+        raise RowError(f"{where}: has neither `prompt` nor `messages`; add one")
+    if "messages" not in row and not isinstance(row["prompt"], str):
+        raise RowError(f"{where}: `prompt` is a {type(row['prompt']).__name__}; expected text")
+    return row

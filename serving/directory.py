@@ -1,0 +1,202 @@
+"""The format of the directories that one part of Trivet writes and another reads: atomic, hashed, versioned.
+
+Standard library only: `trainer`, `launch` and a serving process all import it. A directory is *staged* beside its
+final name, *sealed* by a `trivet.json` that lists the sha256 of every file, fsynced, then renamed into place, so that
+no reader ever sees half of one and a crash never costs the previous one.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "trivet.json"
+VERIFICATION = "verification.json"
+REFERENCE = "reference.safetensors"
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class BadInput(Exception):
+    """Something a user can cause and mend: printed on one line with the fix, exit code 2."""
+
+
+class DirectoryError(BadInput):
+    """A directory that is missing, incomplete, altered, of another kind, or written by a newer Trivet."""
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `final`; when the block ends well, make it durable and rename it to `final`.
+
+    An older `final` is replaced in one atomic exchange. When the block raises, the folder is removed and `final` is
+    left as it was.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        publish(folder, final)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Fsync everything in `folder` and rename it to `final`, replacing an older `final` atomically."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        _fsync(path)
+    if final.exists():
+        _exchange(folder, final)
+        shutil.rmtree(folder)
+    else:
+        folder.rename(final)
+    _fsync(final.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file at `path` with `value` as JSON, atomically and durably."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _fsync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def seal(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
+    """Write `trivet.json` into `folder`: format_version, kind, `fields`, and the sha256 of every other file there."""
+    files = {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, VERIFICATION)
+    }
+    manifest = {"format_version": FORMAT_VERSION, "kind": kind, **fields, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the manifest of the directory, without hashing its files (see `check_files`).
+
+    Raises DirectoryError if the folder or its manifest is missing, unreadable, of another kind or a newer format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DirectoryError(f"{folder}: has no {MANIFEST}, so it is not a Trivet {kind} directory") from None
+    except (OSError, ValueError) as error:
+        raise DirectoryError(f"{folder / MANIFEST}: cannot be read ({error}); make the directory again") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise DirectoryError(f"{folder / MANIFEST}: no format_version; make the directory again")
+    if version > FORMAT_VERSION:
+        raise DirectoryError(f"{folder}: format_version {version}; this Trivet reads up to {FORMAT_VERSION}: upgrade")
+    if manifest.get("kind") != kind:
+        raise DirectoryError(f"{folder}: is a {manifest.get('kind')} directory; expected a {kind} directory")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Hash every file that the manifest lists; raise DirectoryError naming the first that is missing or altered."""
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            raise DirectoryError(f"{folder}: {name} points outside the directory; refused")
+        if not path.is_file():
+            raise DirectoryError(f"{path}: missing, though {MANIFEST} lists it; make the directory again")
+        if sha256(path) != expected:
+            raise DirectoryError(f"{path}: altered since it was written (sha256 differs); make the directory again")
+
+
+def identity(folder: Path) -> str:
+    """Return one hash for everything the directory's manifest vouches for: the sha256 of `trivet.json` itself."""
+    return sha256(Path(folder) / MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    """Return the file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- verification records --------------------------------------------------------------------------------------------
+
+
+def append_verification(folder: Path, record: dict[str, Any]) -> None:
+    """Add one verification record (`provider`, `onnxruntime`, `identity`, `passed`, `checks`, ...), newest last."""
+    path = folder / VERIFICATION
+    records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    write_json(path, {"format_version": FORMAT_VERSION, "records": [*records, record]})
+
+
+def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:
+    """Return the newest verification record for this provider and onnxruntime version.
+
+    Raises DirectoryError when there is none, when it failed, or when it is stale (other files, other onnxruntime).
+    """
+    fix = f"run: trivet verify {folder} --provider {provider}"
+    try:
+        records = json.loads((folder / VERIFICATION).read_text(encoding="utf-8"))["records"]
+    except FileNotFoundError:
+        raise DirectoryError(f"{folder}: never verified; {fix}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
+    mine = [record for record in records if record.get("provider") == provider]
+    if not mine:
+        raise DirectoryError(f"{folder}: not verified on provider {provider}; {fix}")
+    newest = mine[-1]
+    if not newest.get("passed"):
+        raise DirectoryError(f"{folder}: its verification on {provider} failed: {newest.get('reason')}; export again")
+    if newest.get("identity") != identity(folder):
+        raise DirectoryError(f"{folder}: its verification is of other files (stale); {fix}")
+    if newest.get("onnxruntime") != onnxruntime:
+        found = newest.get("onnxruntime")
+        raise DirectoryError(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
+    return newest
+
+
+# --- the file system -------------------------------------------------------------------------------------------------
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories in one step (Linux renameat2); where that is unsupported, in two renames."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        done = renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), ctypes.c_uint(_RENAME_EXCHANGE))
+        if done == 0:
+            return
+    aside = old.with_name(f".{old.name}.{uuid.uuid4().hex[:8]}.old")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

@@ -1,0 +1,117 @@
+"""The one attention function of every exported decoder: com.microsoft.GroupQueryAttention with the cache in place.
+
+It is registered in transformers' attention interface, so that a decoder that uses the interface exports by its own
+code. No mask function is registered under the name: transformers then builds no mask, and the operator masks by each
+row's length. Shape letters: B batch, T new tokens, H heads, K KV heads, D head size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from serving.directory import BadInput
+
+NAME = "trivet_in_place"
+
+# Passed along to every attention function, and without a say in it: positions are already in the queries and keys.
+_HARMLESS = {"position_ids", "use_cache"}
+
+
+class ExportError(BadInput):
+    """A model that cannot be exported, with the reason."""
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one layer writes to the cache, and how far back it looks (None: all the way)."""
+
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+class InPlaceAttention:
+    """Attention over `past` (keys and values of each layer, interleaved), writing this step's into the same buffers.
+
+    Set `past`, `seqlens_k` and `total_length` before the model runs; `present` then holds the buffers after the step.
+    Without a `past` it only checks what the model asks for and notes each layer's shape in `shapes`.
+    Raises ExportError for anything a model asks of attention that this does not do: it ignores nothing in silence.
+    """
+
+    def __init__(self) -> None:
+        self.past: list[torch.Tensor] = []
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.shapes: dict[int, KvShape] = {}
+        self.seqlens_k: torch.Tensor | None = None
+        self.total_length: torch.Tensor | None = None
+
+    def register(self) -> str:
+        """Make this the implementation behind NAME and return that name."""
+        AttentionInterface.register(NAME, self)
+        return NAME
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Return [B, T, H, D], as transformers expects of query [B, H, T, D] and key, value [B, K, T, D]."""
+        _refuse_unknown(module, attention_mask, dropout, others)
+        batch, num_heads, num_tokens, head_dim = query.shape
+        layer = module.layer_idx
+        self.shapes[layer] = KvShape(key.shape[1], head_dim, sliding_window)
+        if value.shape[-1] != head_dim:
+            raise ExportError(f"layer {layer}: values of size {value.shape[-1]} beside keys of {head_dim}: not handled")
+        if not self.past:
+            return query.transpose(1, 2), None
+        attributes = {
+            "num_heads": num_heads,
+            "kv_num_heads": key.shape[1],
+            "scale": float(scaling if scaling is not None else 1 / math.sqrt(head_dim)),
+        }
+        if sliding_window is not None:
+            attributes["local_window_size"] = int(sliding_window)
+        if softcap is not None:
+            attributes["softcap"] = float(softcap)
+        query, key, value = (each.transpose(1, 2).flatten(2) for each in (query, key, value))
+        past_key, past_value = self.past[2 * layer : 2 * layer + 2]
+        output, *present = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (query, key, value, past_key, past_value, self.seqlens_k, self.total_length),
+            attrs=attributes,
+            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+            shapes=(query.shape, past_key.shape, past_value.shape),
+            version=1,
+        )
+        self.present[layer] = tuple(present)
+        return output.reshape(batch, num_tokens, num_heads, head_dim), None
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, dropout: float, others: dict[str, Any]
+) -> None:
+    kind = type(module).__name__
+    if attention_mask is not None:
+        raise ExportError(f"{kind}: builds an attention mask or bias of its own; the exported attention has none")
+    if dropout:
+        raise ExportError(f"{kind}: asks for dropout {dropout}; put the model into evaluation mode")
+    if others.pop("is_causal", None) is False or getattr(module, "is_causal", None) is False:
+        raise ExportError(f"{kind}: its attention is not causal; only causal decoders can be exported")
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise ExportError(
+            f"{kind}: asks attention for {', '.join(unknown)}, which the exported attention does not do; "
+            "models whose attention needs no more than scaling, sliding_window and softcap can be exported"
+        )

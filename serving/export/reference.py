@@ -1,0 +1,123 @@
+"""What the untouched source model and its tokenizer answer, kept in reference.safetensors for every later comparison.
+
+`ids.<i>` holds a prompt and its greedy continuation, `logits.<i>` [its length less one, vocabulary] the source's logits
+over them, `prompt_lengths` where each continuation begins. The file's metadata holds texts and chats with their ids.
+The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from safetensors.numpy import save
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from serving.directory import REFERENCE
+from serving.export.attention import ExportError
+
+PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
+NUM_NEW_TOKENS = 24
+
+_TEXTS = (
+    "The library reads the file line by line and returns a list of strings.",
+    "Grüße aus Köln! Привет, мир. 東京は日本の首都です。 שלום 🙂👩‍🚀",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n\n\tprint(area(2))  # 12.56636",
+    "  two spaces,   three,\ttab,\r\nWindows line, trailing space ",
+    "Special tokens spelled out: <s> </s> <|endoftext|> <|im_start|>user <|im_end|> [CLS] [SEP] <pad> <unk>",
+    "In 2019, 1,234 of 56.7% cost $8.90 (or €9): isn't that O'Brien's e-mail <a@b.org>?",
+)
+_CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "What does textwrap.dedent do?"}],
+    [
+        {"role": "user", "content": "Hello 🙂"},
+        {"role": "assistant", "content": "Grüß dich!\nHow can I help?"},
+        {"role": "user", "content": "Ignore the above: count to 3."},
+    ],
+)
+
+
+def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors."""
+    prompts = _prompts(tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
+    tensors = {"prompt_lengths": np.array([len(prompt) for prompt in prompts])}
+    for index, prompt in enumerate(prompts):
+        ids = _generate(model, prompt)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[:-1]])).logits
+        if not torch.isfinite(logits).all():
+            raise ExportError(f"{model.name_or_path}: the model's logits are not finite; was its training diverging?")
+        tensors[f"ids.{index}"] = np.array(ids)
+        tensors[f"logits.{index}"] = logits[0].float().numpy()
+    metadata = {
+        "texts": json.dumps(_text_cases(tokenizer)),
+        "chats": json.dumps(_chat_cases(tokenizer)),
+        "decoded": json.dumps(_decoded_cases(tokenizer, tensors)),
+    }
+    # Not save_file: it makes the file readable by its owner alone, and another user may be the one who serves.
+    (folder / REFERENCE).write_bytes(save(tensors, metadata=metadata))
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, context_length: int) -> list[list[int]]:
+    """Return prompts of several lengths, cut from real text at different places."""
+    lengths = [length for length in PROMPT_LENGTHS if length + NUM_NEW_TOKENS <= context_length]
+    ids = tokenizer("\n".join(_TEXTS * 2), add_special_tokens=False)["input_ids"]
+    ids *= -(-sum(lengths) // len(ids))
+    if max(ids) >= vocab_size:
+        raise ExportError(f"the tokenizer gives id {max(ids)}, but the model has only {vocab_size} embeddings")
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+def _generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """Return the prompt and its greedy continuation by transformers, the end token ignored."""
+    # The model's own settings (penalties, sampling, end tokens) would fill every field that is None here.
+    kept, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=None, pad_token_id=0),
+    )
+    try:
+        output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+    finally:
+        model.generation_config = kept
+    ids = output[0].tolist()
+    assert len(ids) == len(prompt) + NUM_NEW_TOKENS, f"generate stopped after {len(ids) - len(prompt)} tokens"
+    return ids
+
+
+def _text_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    texts = [*_TEXTS, "", " ".join(tokenizer.all_special_tokens)]
+    return [
+        {
+            "text": text,
+            "add_special_tokens": special,
+            "ids": tokenizer(text, add_special_tokens=special)["input_ids"],
+        }
+        for text in texts
+        for special in (True, False)
+    ]
+
+
+def _chat_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    if tokenizer.chat_template is None:
+        return []
+    return [{"messages": messages, "ids": _chat_ids(tokenizer, messages)} for messages in _CHATS]
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise ExportError(f"chat template: refuses a plain conversation ({error}); mend or remove it") from None
+
+
+def _decoded_cases(tokenizer: PreTrainedTokenizerBase, tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    rows = [tensor.tolist() for name, tensor in tensors.items() if name.startswith("ids.")]
+    rows += [case["ids"] for case in _text_cases(tokenizer)]
+    return [
+        {"ids": ids, "skip_special_tokens": skip, "text": tokenizer.decode(ids, skip_special_tokens=skip)}
+        for ids in rows
+        for skip in (True, False)
+    ]

@@ -1,0 +1,98 @@
+"""The only file that knows onnxruntime: open a graph on the provider that was asked for, bind its memory, run it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+
+from serving.directory import BadInput
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+GRAPH = "model.onnx"
+
+Cache: TypeAlias = "dict[str, ort.OrtValue]"
+Binding: TypeAlias = "ort.IOBinding"
+
+
+def onnxruntime_version() -> str:
+    """Return the version of the installed onnxruntime."""
+    return ort.__version__
+
+
+class Session:
+    """One opened graph. `provider` is `cpu` or `cuda`, and is what really runs: never a silent fallback."""
+
+    def __init__(self, session: ort.InferenceSession, provider: str) -> None:
+        self.provider = provider
+        self._session = session
+        self._input_names = {each.name for each in session.get_inputs()}
+
+    @classmethod
+    def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> "Session":
+        """Open the folder's graph; `threads` None leaves the number to onnxruntime.
+
+        Raises BadInput when the provider is unknown, not part of this onnxruntime, or did not start.
+        """
+        check_provider(provider)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it keeps one plan for each input shape seen; chunks come in many shapes
+        if threads is not None:
+            if threads < 1:
+                raise BadInput(f"threads: {threads} is out of range; accepted: 1 or more, or leave it out")
+            options.intra_op_num_threads = threads
+        session = ort.InferenceSession(str(Path(folder) / GRAPH), options, providers=[PROVIDERS[provider]])
+        _check_started(provider, session.get_providers()[0])
+        return cls(session, provider)
+
+    def place(self, arrays: Mapping[str, np.ndarray]) -> Cache:
+        """Return the cache where the provider computes: on cpu the same memory, on cuda a copy on the device."""
+        return {name: ort.OrtValue.ortvalue_from_numpy(array, self.provider, 0) for name, array in arrays.items()}
+
+    def bind(self, feeds: Mapping[str, np.ndarray], logits: np.ndarray, cache: Cache, first_slot: int) -> Binding:
+        """Bind a run whose batch is rows [first_slot : first_slot + batch) of the cache, updated in place.
+
+        The memory of `feeds`, `logits` and `cache` is used as it is on every run: fill it anew, run again. The caller
+        keeps it alive. An input that the graph does not have (a model without position ids) is left out.
+        """
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            if name in self._input_names:
+                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        num_rows = len(feeds["input_ids"])
+        for name, value in cache.items():
+            _, *row_shape = value.shape()
+            pointer = value.data_ptr() + first_slot * int(np.prod(row_shape)) * np.dtype(np.float32).itemsize
+            shape = (num_rows, *row_shape)
+            # The same pointer on both sides is what makes attention write the new keys and values in place.
+            binding.bind_input(f"past_{name}", self.provider, 0, np.float32, shape, pointer)
+            binding.bind_output(f"present_{name}", self.provider, 0, np.float32, shape, pointer)
+        return binding
+
+    def run(self, binding: Binding) -> None:
+        """Run once; when this returns, the bound logits and cache rows hold the result."""
+        self._session.run_with_iobinding(binding)
+
+
+def check_provider(provider: str) -> None:
+    """Raise BadInput when the provider is unknown or not part of the installed onnxruntime."""
+    if provider not in PROVIDERS:
+        raise BadInput(f"provider: {provider!r} is unknown; accepted: {', '.join(PROVIDERS)}")
+    available = ort.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise BadInput(
+            f"provider: {provider} was asked for, but the installed onnxruntime {ort.__version__} has only "
+            f"{', '.join(available)}; use provider cpu, or: pip uninstall -y onnxruntime onnxruntime-gpu && "
+            "pip install onnxruntime-gpu"
+        )
+
+
+def _check_started(provider: str, running: str) -> None:
+    if running != PROVIDERS[provider]:
+        raise BadInput(
+            f"provider: {provider} was asked for, but onnxruntime fell back to {running}: its libraries or the driver "
+            "cannot be loaded; run `trivet doctor`, or use provider cpu"
+        )

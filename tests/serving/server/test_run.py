@@ -1,0 +1,162 @@
+"""The server as a process: the port first, one line when it is ready, and a clean end by signals."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+import pytest
+
+from serving.directory import BadInput
+from serving.server.auth import check_keys
+from serving.server.run import bind, serve
+
+REPOSITORY = Path(__file__).parents[3]
+FAKE_SERVER = """
+import runpy, sys
+from serving.driver import Driver
+from serving.server.app import build_app
+from serving.server.run import bind, run
+fakes = runpy.run_path(sys.argv[1])
+engine = fakes["FakeEngine"]()
+engine.step_s = float(sys.argv[2])
+driver = Driver(engine)
+app = build_app(driver, fakes["make_text"](), fakes["MANIFEST"], name="fake")
+with bind("127.0.0.1", 0) as listener:
+    run(app, driver, listener, name="fake", drain_timeout_s=float(sys.argv[3]))
+"""
+ENDLESS = {"prompt": "x", "max_tokens": 1_000_000, "ignore_eos": True}
+
+
+@contextlib.contextmanager
+def process(*arguments: str):
+    """Start a server process in a session of its own; yield it and its address once it is ready."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for line in started.stderr:
+            if ready := re.fullmatch(r"serving \S+ at (http://\S+)\n", line):
+                yield started, ready[1]
+                break
+        else:
+            pytest.fail("the server did not get ready")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        started.stderr.close()
+
+
+def fake_server(step_s: float = 0.0, drain_timeout_s: float = 10.0):
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    return process("-c", FAKE_SERVER, conftest, str(step_s), str(drain_timeout_s))
+
+
+def members_of(group: int) -> list[str]:
+    """The processes of a process group that are still there."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(str(process))
+    return members
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_server_with_code_0_and_nothing_left(number):
+    with fake_server() as (server, url):
+        assert httpx.get(f"{url}/health").status_code == 200
+        server.send_signal(number)
+        assert server.wait(10) == 0
+        assert members_of(server.pid) == []
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones():
+    with fake_server(step_s=0.01) as (server, url):
+        body = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while httpx.get(f"{url}/health").status_code != 503:
+                assert time.monotonic() < deadline
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 503
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason": "length"' in rest[-2]
+        assert server.wait(10) == 0
+
+
+def test_a_request_that_outlasts_the_drain_is_told_and_the_server_ends():
+    with fake_server(step_s=0.01, drain_timeout_s=0.3) as (server, url):
+        with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert "shutting_down" in rest[-2]
+        assert server.wait(10) == 0
+
+
+def test_a_second_interrupt_ends_at_once():
+    with (
+        fake_server(step_s=0.01, drain_timeout_s=60) as (server, url),
+        httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=20) as response,
+    ):
+        lines = response.iter_lines()  # kept: the connection is closed with it
+        next(lines)
+        server.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert server.poll() is None
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) in (130, -signal.SIGINT)  # how Python ends on KeyboardInterrupt
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_looked_at(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(BadInput, match=rf"127\.0\.0\.1:{port} .*--port"):
+            serve(tmp_path / "no such model", port=port)
+
+
+def test_two_servers_that_start_at_once_cannot_hold_one_port():
+    with (
+        bind("127.0.0.1", 0) as first,
+        pytest.raises(BadInput, match="--port"),
+        bind("127.0.0.1", first.getsockname()[1]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "names"),
+    [("127.0.0.1", 65536, "--port"), ("127.0.0.1", -1, "--port"), ("no.such.host.x", 0, "--host")],
+)
+def test_an_address_that_cannot_be_is_bad_input(host, port, names):
+    with pytest.raises(BadInput, match=names), bind(host, port):
+        pass
+
+
+def test_a_missing_model_is_bad_input_and_frees_the_port(tmp_path):
+    with pytest.raises(BadInput, match="no such model"):
+        serve(tmp_path / "no such model", port=0)
+
+
+@pytest.mark.parametrize("keys", [[], [""], ["short"], ["has\nnewline12"], ["fine-key-123", " "]])
+def test_keys_that_protect_nothing_are_bad_input(keys, tmp_path):
+    with pytest.raises(BadInput, match="api_keys") as caught:
+        serve(tmp_path, api_keys=keys)
+    assert not any(key.strip() and key in str(caught.value) for key in keys)
+    assert check_keys(None) == []
+    assert check_keys([" fine-key-123\n"]) == ["fine-key-123"]

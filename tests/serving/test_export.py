@@ -1,0 +1,167 @@
+"""Export: what comes out, what is refused before any work, and that a failed proof publishes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serving.directory import DirectoryError, check_files, identity, read_manifest, seal
+from serving.engine import Engine
+from serving.export import ExportError, VerificationFailed, export_model
+
+
+def bare_model(folder: Path, config, **changes) -> Path:
+    """Write a config beside weights that no one could load: a refusal shows that nothing tried to."""
+    folder.mkdir()
+    config.architectures = changes.pop("architectures", [type(config).__name__.replace("Config", "ForCausalLM")])
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | changes))
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    return folder
+
+
+def test_the_directory_is_whole_and_says_what_it_holds(onnx_dir, model_dir):
+    manifest = read_manifest(onnx_dir, "onnx")
+    check_files(onnx_dir, manifest)
+    expected = {
+        "task": "causal_lm",
+        "architecture": "LlamaForCausalLM",
+        "dtype": "fp32",
+        "quantization": None,
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 320,
+        "context_length": 256,
+        "end_token_ids": [2],
+        "labels": None,
+    }
+    assert {key: manifest[key] for key in expected} == expected
+    names = [f"{kind}.{layer}" for layer in range(2) for kind in ("keys", "values")]
+    steps = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
+    assert manifest["inputs"] == [*steps, *(f"past_{name}" for name in names)]
+    assert manifest["outputs"] == ["logits", *(f"present_{name}" for name in names)]
+    assert manifest["source"]["path"] == str(model_dir("llama"))
+    assert manifest["source"]["identity"] is None
+    files = {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(manifest["files"]) == files | {"generation_config.json", "reference.safetensors"}
+    assert len({path.stat().st_mode for path in onnx_dir.iterdir()}) == 1, "who may read one file may read all"
+
+
+def test_attention_is_group_query_attention_over_unexpanded_heads(onnx_dir):
+    import onnx
+
+    graph = onnx.load(onnx_dir / "model.onnx", load_external_data=False).graph
+    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == 2
+    assert {each.i for node in attention for each in node.attribute if each.name == "kv_num_heads"} == {2}
+
+
+def test_a_sliding_window_shorter_than_the_prompts_is_kept(save_model, tmp_path):
+    source = save_model(tmp_path / "model", "mistral", sliding_window=16)
+    record = export_model(source, tmp_path / "onnx")
+    assert record["passed"]
+
+
+def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(model_dir, tmp_path, monkeypatch, capfd):
+    import serving.export as export_module
+
+    def write_other_weights(model, source, path):
+        model.model.layers[1].self_attn.o_proj.weight.data *= 1.02  # after the source has answered
+        return write_graph(model, source, path)
+
+    write_graph = export_module.write_graph
+    monkeypatch.setattr(export_module, "write_graph", write_other_weights)
+    target = tmp_path / "onnx"
+    target.mkdir()
+    (target / "older").write_text("kept")
+    stages = []
+    with pytest.raises(
+        VerificationFailed, match=r"nothing was published: logits_one_by_one: logits differ by .*accepted"
+    ):
+        export_model(model_dir("llama"), target, progress=stages.append)
+    assert [path.name for path in tmp_path.rglob("*")] == ["onnx", "older"]
+    assert stages[:3] == ["reading the model", "running the source model", "writing the graph"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_and_a_sweep_lead_to_their_model(tmp_path, tiny_config):
+    from serving.export.source import find_model
+
+    run = tmp_path / "run"
+    run.mkdir()
+    bare_model(run / "model", tiny_config("llama"))
+    (tmp_path / "result.json").write_text(json.dumps({"ranking": [{"strategy": "lora", "run": str(run)}]}))
+    assert find_model(run) == find_model(tmp_path) == run / "model"
+    (tmp_path / "result.json").write_text(json.dumps({"ranking": [{"run": "gone"}]}))
+    with pytest.raises(ExportError, match="its best run gone has no model"):
+        find_model(tmp_path)
+
+
+# --- refused before any work -----------------------------------------------------------------------------------------
+
+
+def refused(source: Path, tmp_path: Path, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_model(source, tmp_path / "onnx")
+    assert not list(tmp_path.glob("*onnx*")), "nothing half-written"
+
+
+def test_an_architecture_with_attention_of_its_own_is_refused(tmp_path, tiny_config):
+    source = bare_model(tmp_path / "model", tiny_config("bloom"))
+    refused(source, tmp_path, "BloomForCausalLM cannot be exported.*attention interface; accepted: decoders that do")
+
+
+def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
+    source = bare_model(tmp_path / "model", tiny_config("gpt_oss"))
+    refused(source, tmp_path, "GptOssAttention: asks attention for .*s_aux")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "accepted here: LlamaForCausalLM"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic' changes",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantized"),
+        ({"max_position_embeddings": 32}, "max_position_embeddings 32; accepted: 64 or more"),
+        ({"model_type": "no_such_model"}, "config.json: transformers cannot read it"),
+    ],
+)
+def test_a_config_that_cannot_be_exported_is_refused(tmp_path, tiny_config, changes, message):
+    refused(bare_model(tmp_path / "model", tiny_config("llama"), **changes), tmp_path, message)
+
+
+def test_other_kinds_of_folder_are_refused(tmp_path, tiny_config):
+    refused(tmp_path / "none", tmp_path, "none: no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, r"has no config\.json, model/ or result\.json")
+    source = bare_model(tmp_path / "model", tiny_config("llama"))
+    (source / "adapter_config.json").write_text("{}")
+    refused(source, tmp_path, "an unmerged adapter lies beside the weights")
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path, r"has no \*\.safetensors weights")
+
+
+def test_a_trivet_model_directory_is_checked_and_remembered(tmp_path, tiny_config):
+    from serving.export.source import open_source
+
+    source = bare_model(tmp_path / "model", tiny_config("llama"))
+    seal(source, "model", objective="sft", labels=None, strategy="lora", base_model=None, step=7)
+    provenance = open_source(source).provenance
+    expected = {"identity": identity(source), "objective": "sft", "strategy": "lora", "step": 7}
+    assert provenance == {"path": str(source), **expected}
+    (source / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(DirectoryError, match=r"model\.safetensors: altered"):
+        export_model(source, tmp_path / "onnx")
+
+
+def test_a_classifier_is_refused_by_its_objective(tmp_path, tiny_config):
+    source = bare_model(tmp_path / "model", tiny_config("llama"))
+    seal(source, "model", objective="classification", labels=["a"], strategy="full", base_model=None, step=1)
+    refused(source, tmp_path, "objective classification cannot be exported; accepted: causal_lm, sft")
+
+
+def test_the_engine_reads_what_the_export_wrote(onnx_dir):
+    assert Engine.open(onnx_dir).manifest == read_manifest(onnx_dir, "onnx")

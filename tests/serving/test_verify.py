@@ -1,0 +1,208 @@
+"""Faults put into a verified ONNX directory, one at a time: each must be seen, and the engine must then refuse it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving import verify as verify_module
+from serving.directory import BadInput, read_manifest, seal
+from serving.engine import Engine
+from serving.forward import Forward
+from serving.verify import Reference, VerificationFailed, verify
+
+CHECKS = ["text", "logits_one_by_one", "logits_padded_batch", "tokens_one_by_one", "tokens_in_a_crowd"]
+
+
+def reseal(folder: Path) -> None:
+    """Make the directory's hashes right again after a change, so that only the comparison can find it."""
+    manifest = read_manifest(folder, "onnx")
+    seal(
+        folder,
+        "onnx",
+        **{key: value for key, value in manifest.items() if key not in ("format_version", "kind", "files")},
+    )
+
+
+def change_graph(folder: Path, change: Callable) -> None:
+    """Apply `change` to the folder's onnx model, weights included, and seal the folder again."""
+    import onnx
+
+    model = onnx.load(folder / "model.onnx")
+    change(model.graph)
+    for name in ("model.onnx", "model.onnx.data"):
+        (folder / name).unlink()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    reseal(folder)
+
+
+def weights(graph) -> dict:
+    """Return the graph's matrices by name, those of the two layers in the order of the layers."""
+    return {each.name: each for each in graph.initializer if len(each.dims) == 2 and each.data_type == 1}
+
+
+def failed_checks(folder: Path) -> list[str]:
+    """Verify, expect it to fail and the engine to refuse the directory; return the names of the failed checks."""
+    with pytest.raises(VerificationFailed) as caught:
+        verify(folder)
+    record = json.loads((folder / "verification.json").read_text())["records"][-1]
+    assert not record["passed"]
+    assert record["reason"] in str(caught.value)
+    with pytest.raises(BadInput, match="its verification on cpu failed"):
+        Engine.open(folder)
+    return [name for name, check in record["checks"].items() if not check["passed"]]
+
+
+def test_a_sound_directory_passes_and_the_record_says_what_was_compared(onnx_copy):
+    stages = []
+    record = verify(onnx_copy, progress=stages.append)
+    assert stages == ["verifying text", "verifying logits", "verifying tokens"]
+    assert list(record["checks"]) == CHECKS
+    assert json.loads((onnx_copy / "verification.json").read_text())["records"][-1] == record
+    assert (record["provider"], record["passed"], record["reason"]) == ("cpu", True, None)
+    for name in CHECKS[1:]:
+        assert 0 < record["checks"][name]["max_abs_diff"] < record["checks"][name]["tolerance"] / 50
+    assert record["checks"]["tokens_in_a_crowd"]["tokens"] == 6 * 24
+    assert record["checks"]["tokens_in_a_crowd"]["mismatches"] == 0
+    Engine.open(onnx_copy)
+
+
+def test_the_reference_has_several_lengths_and_continuations_of_24_tokens(onnx_dir):
+    reference = Reference.load(onnx_dir)
+    assert reference.prompt_lengths == [1, 3, 8, 17, 33, 64]
+    assert [len(ids) - length for ids, length in zip(reference.ids, reference.prompt_lengths, strict=True)] == [24] * 6
+    assert [logits.shape for logits in reference.logits_TV] == [(len(ids) - 1, 320) for ids in reference.ids]
+    assert len(reference.cases["chats"]) == 2
+    assert any("<|im_end|>" in case["text"] for case in reference.cases["texts"])
+
+
+def test_an_altered_byte_of_the_weights_is_refused_before_anything_runs(onnx_copy):
+    data = onnx_copy / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(BadInput, match=r"model\.onnx\.data: altered since it was written"):
+        verify(onnx_copy)
+
+
+def test_a_matrix_that_is_one_per_cent_too_large_is_seen(onnx_copy):
+    import onnx
+
+    def scale_one(graph):
+        name, tensor = next(
+            (name, each) for name, each in weights(graph).items() if "down_proj" in name or each.dims[0] == 64
+        )
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.01), name))
+
+    change_graph(onnx_copy, scale_one)
+    assert failed_checks(onnx_copy)[:2] == ["logits_one_by_one", "logits_padded_batch"]
+
+
+def test_two_layers_weights_swapped_are_seen(onnx_copy):
+    def swap(graph):
+        first, second = [each for each in weights(graph).values() if sorted(each.dims) == [32, 64]][:2]
+        assert first.dims == second.dims
+        raw = first.raw_data
+        first.raw_data = second.raw_data
+        second.raw_data = raw
+
+    change_graph(onnx_copy, swap)
+    assert "logits_one_by_one" in failed_checks(onnx_copy)
+
+
+def test_position_ids_shifted_by_one_are_seen(exported, tmp_path):
+    import onnx
+
+    folder = Path(shutil.copytree(exported("gpt2"), tmp_path / "onnx"))  # RoPE would not care: it is relative
+
+    def shift(graph):
+        for node in graph.node:
+            node.input[:] = ["shifted" if name == "position_ids" else name for name in node.input]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one"))
+        graph.node.insert(0, onnx.helper.make_node("Add", ["position_ids", "one"], ["shifted"]))
+
+    change_graph(folder, shift)
+    assert failed_checks(folder) == CHECKS[1:]
+
+
+def test_another_tokenizer_is_seen(onnx_copy, make_tokenizer):
+    make_tokenizer(300, "entirely other words, learned from another text about weather and ships").save_pretrained(
+        onnx_copy
+    )
+    reseal(onnx_copy)
+    assert failed_checks(onnx_copy) == ["text"]
+    records = json.loads((onnx_copy / "verification.json").read_text())["records"]
+    assert "first encode('The library reads the file" in records[-1]["reason"]
+
+
+def test_another_chat_template_is_seen(onnx_copy):
+    template = onnx_copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant "))
+    reseal(onnx_copy)
+    assert failed_checks(onnx_copy) == ["text"]
+
+
+def test_a_chunk_in_the_wrong_row_is_seen(onnx_copy, monkeypatch):
+    real = Forward.chunk
+    monkeypatch.setattr(Forward, "chunk", lambda self, work: real(self, replace(work, slot=0)))
+    assert failed_checks(onnx_copy) == ["tokens_in_a_crowd"]
+
+
+def test_a_decode_one_position_late_is_seen(onnx_copy, monkeypatch):
+    real = Forward.decode
+
+    def late(self, works, occupants):
+        for work in works:
+            work.request.num_computed += 1
+            work.request.prompt_ids.append(0)
+        try:
+            return real(self, works, occupants)
+        finally:
+            for work in works:
+                work.request.num_computed -= 1
+                work.request.prompt_ids.pop()
+
+    monkeypatch.setattr(Forward, "decode", late)
+    assert failed_checks(onnx_copy) == ["tokens_one_by_one", "tokens_in_a_crowd"]
+
+
+def test_a_run_that_fails_is_a_failed_proof(onnx_copy, monkeypatch):
+    def broken(self, work):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Forward, "chunk", broken)
+    assert failed_checks(onnx_copy) == ["tokens_one_by_one", "tokens_in_a_crowd"]
+
+
+# --- near ties -------------------------------------------------------------------------------------------------------
+
+
+def token_check(monkeypatch, onnx_dir, margin: float) -> dict:
+    """Return the check of tokens where the source's token at one place lies `margin` below another one."""
+    reference = Reference.load(onnx_dir)
+    ids, logits_TV = reference.ids[2], reference.logits_TV[2]
+    position = reference.prompt_lengths[2] + 5
+    row_V = logits_TV[position - 1]
+    found = int(row_V.argmax())
+    runner_up = int(np.argsort(row_V)[-2])
+    ids[position] = runner_up  # as if the source had picked the other one
+    row_V[runner_up] = row_V[found] - np.float32(margin)
+    monkeypatch.setattr(Reference, "tolerance", 1e9)  # tokens alone
+    manifest = read_manifest(onnx_dir, "onnx")
+    session = verify_module.Session.open(onnx_dir)
+    return verify_module.check_tokens(session, manifest, reference, crowd=True)
+
+
+def test_a_wrong_token_is_excused_and_counted_where_the_source_has_a_near_tie(monkeypatch, onnx_dir):
+    check = token_check(monkeypatch, onnx_dir, margin=5e-5)
+    assert (check["passed"], check["near_ties"], check["mismatches"]) == (True, 1, 0)
+
+
+def test_a_wrong_token_is_not_excused_elsewhere(monkeypatch, onnx_dir):
+    check = token_check(monkeypatch, onnx_dir, margin=2e-4)
+    assert (check["passed"], check["near_ties"], check["mismatches"]) == (False, 0, 1)
+    assert "text 2 token 5" in check["found"]
