@@ -1,0 +1,1 @@
+"""Text -> trained model directory. Read first: trainer/loop.py."""

@@ -1,0 +1,94 @@
+"""What a run is made of: everything between a validated config and step 0, on every rank alike."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from serving import directory
+from trainer import distributed
+from trainer.config import NewModel, PretrainedModel, PretrainedTokenizer, RunConfig, TrainedTokenizer
+from trainer.distributed import World
+from trainer.feed import Feed, micro_rows
+from trainer.metrics import Terminal
+from trainer.models import build_model
+from trainer.objectives import OBJECTIVES, Objective
+from trainer.optim import build_optimizer
+from trainer.sources import Splits, read_splits
+from trainer.strategies import STRATEGIES, count_parameters
+from trainer.tokenizers import load_tokenizer, train_tokenizer
+
+
+@dataclass
+class Parts:
+    """What a run is made of, built once before step 0."""
+
+    world: World
+    splits: Splits
+    objective: Objective
+    tokenizer: PreTrainedTokenizerBase
+    feed: Feed
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    fingerprints: dict[str, str]  # of what must be the same when the run goes on
+
+
+def build(config: RunConfig) -> Parts:
+    """Return everything a run needs. Raises BadInput for data, model or batch that cannot work."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    world = distributed.start(config)
+    micro = micro_rows(config, world.size)
+    splits = read_splits(config.data, config.objective.type)
+    objective = OBJECTIVES[config.objective.type](config.data, splits.train)
+    tokenizer = build_tokenizer(config, objective, splits)
+    length = config.batch.max_length
+    train_rows = objective.to_rows(objective.encode(splits.train, tokenizer, length), length)
+    held_out_rows = objective.to_rows(objective.encode(splits.held_out, tokenizer, length), length)
+    feed = Feed(
+        config, objective, train_rows, held_out_rows,
+        pad_id=tokenizer.pad_token_id, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, tokenizer, objective.head, objective.labels)
+    model = STRATEGIES[config.strategy.type](model, config.strategy).train()
+    optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
+    if world.is_main:
+        Terminal.say_once(describe(config, world, model, splits, num_rows=len(train_rows)))
+    model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
+    fingerprints = take_fingerprints(config, tokenizer, splits)
+    return Parts(world, splits, objective, tokenizer, feed, model, optimizer, fingerprints)
+
+
+def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> PreTrainedTokenizerBase:
+    """Return the run's tokenizer: trained on its own training text, or loaded."""
+    tokenizer, model = config.tokenizer, config.model
+    if isinstance(tokenizer, TrainedTokenizer) and isinstance(model, NewModel):
+        return train_tokenizer(objective.texts(splits.train), tokenizer.vocab_size, model.context_length)
+    path = tokenizer.path if isinstance(tokenizer, PretrainedTokenizer) else None
+    if path is None:
+        assert isinstance(model, PretrainedModel), "the config lets no new model be without a tokenizer"
+        path = model.path
+    return load_tokenizer(path)
+
+
+def take_fingerprints(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> dict[str, str]:
+    """Return hashes of the data, the tokenizer, and the base model where it is a model directory of Trivet's."""
+    described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    found = {"data": splits.fingerprint, "tokenizer": hashlib.sha256(described.encode()).hexdigest()}
+    if isinstance(config.model, PretrainedModel) and (Path(config.model.path) / directory.MANIFEST).is_file():
+        found["base model"] = directory.identity(Path(config.model.path))
+    return found
+
+
+def describe(config: RunConfig, world: World, model: torch.nn.Module, splits: Splits, *, num_rows: int) -> str:
+    """Return a line that says what is about to be trained."""
+    learning, total = count_parameters(model)
+    return (
+        f"{config.run.name}: {config.objective.type}, {config.strategy.type}: {learning:,} of {total:,} weights learn; "
+        f"{len(splits.train):,} training and {len(splits.held_out):,} held-out examples, {num_rows:,} rows; "
+        f"{world.mode}, {world.size} process{'es' if world.size > 1 else ''}"
+    )

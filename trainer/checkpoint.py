@@ -1,0 +1,192 @@
+"""Checkpoints: one format for every mode, without pickles, never half-read.
+
+Each rank writes the slices it owns as flat tensors `name::role` into one safetensors file; rank 0 then writes the
+manifest (counters, fingerprints, which file holds which range, hashes), which makes the folder valid, and renames it.
+A rank that loads reads only the ranges it holds, whatever mode and world size wrote them.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from serving import directory
+from serving.directory import DirectoryError
+from trainer import shards
+from trainer.distributed import World
+from trainer.shards import Held
+
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where a run stands: everything besides tensors that a resumed run needs."""
+
+    step: int = 0
+    total_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+def save(
+    folder: Path,
+    world: World,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    counters: Counters,
+    *,
+    keep: int,
+    fingerprints: dict[str, str],
+) -> Path:
+    """Write `folder/step-XXXXXXXX` on all ranks together; return its path.
+
+    Removes the older ones beyond `keep`, later ones (a run only goes back where they are damaged), and what a killed
+    save left behind. `fingerprints` name what must be the same when the run goes on: see `load`.
+    """
+    final = folder / f"{_PREFIX}{counters.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if world.is_main:
+        for left_behind in folder.glob(f".{_PREFIX}*.partial"):
+            shutil.rmtree(left_behind)
+        partial.mkdir(parents=True)
+    world.barrier()
+    held = shards.held_by_rank(world, model, optimizer)
+    _write_slices(partial, world, held)
+    world.barrier()
+    if world.is_main:
+        written_by = {"mode": world.mode, "zero_stage": world.zero_stage, "world_size": world.size}
+        tensors = _merge_indices(partial, world.size)
+        fields = {**asdict(counters), "fingerprints": fingerprints, "written_by": written_by, "tensors": tensors}
+        directory.seal(partial, "checkpoint", **fields, digest=_digest(fields))
+        directory.publish(partial, final)
+        others = [path for path in _steps(folder) if path != final]
+        later = [path for path in others if path.name > final.name]
+        for path in later + others[len(later) + keep - 1 :]:
+            shutil.rmtree(path)
+    world.barrier()
+    return final
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest complete checkpoint in `folder`, or None, and why newer ones were skipped."""
+    skipped: list[str] = []
+    for path in _steps(folder):
+        try:
+            _check(path)
+            return path, skipped
+        except DirectoryError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def load(
+    path: Path,
+    world: World,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fingerprints: dict[str, str],
+) -> Counters:
+    """Write the checkpoint's values into the model and optimizer; return its counters.
+
+    Raises DirectoryError, and changes nothing, if it was saved with other `fingerprints`, or holds other tensors than
+    this model learns, or other shapes.
+    """
+    manifest = directory.read_manifest(path, "checkpoint")
+    for name, value in manifest["fingerprints"].items():
+        if fingerprints.get(name) != value:
+            raise DirectoryError(f"{path}: the {name} changed since it was saved; restore it, or start a new run.name")
+    held = shards.held_by_rank(world, model, optimizer)
+    _check_shapes(path, manifest["tensors"], held, shards.names(world, model))
+    with torch.no_grad():
+        for part in held:
+            _read_slice(path, manifest["tensors"], part)
+    shards.set_optimizer_step(world, optimizer, manifest["step"])
+    shards.refresh_weights(world, optimizer)
+    return Counters(**{name: manifest[name] for name in Counters.__dataclass_fields__})
+
+
+def _check(path: Path) -> None:
+    """Raise DirectoryError unless every file, the manifest too, is as it was written."""
+    manifest = directory.read_manifest(path, "checkpoint")
+    about_itself = ("format_version", "kind", "files", "digest")
+    fields = {name: value for name, value in manifest.items() if name not in about_itself}
+    if manifest.get("digest") != _digest(fields) or not isinstance(manifest.get("files"), dict):
+        raise DirectoryError(f"{path / directory.MANIFEST}: altered since it was written")
+    directory.check_files(path, manifest)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Every checkpoint, whole or not, newest first."""
+    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+
+
+def _write_slices(folder: Path, world: World, held: list[Held]) -> None:
+    tensors, index = {}, {}
+    for part in held:
+        start, stop = _owned(part, world)
+        if start == stop:
+            continue
+        index[part.name] = {"shape": part.shape, "roles": sorted(part.views), "range": [start, stop]}
+        for role, view in part.views.items():
+            tensors[f"{part.name}::{role}"] = view[start - part.start : stop - part.start].detach().cpu().clone()
+    save_file(tensors, folder / f"rank-{world.rank:05d}.safetensors")
+    directory.write_json(folder / f"rank-{world.rank:05d}.json", index)
+
+
+def _owned(part: Held, world: World) -> tuple[int, int]:
+    """The range this rank writes: what it holds, or an equal share of what every rank holds."""
+    if not part.replicated:
+        return part.start, part.stop
+    share = -(-part.stop // world.size)
+    return min(world.rank * share, part.stop), min((world.rank + 1) * share, part.stop)
+
+
+def _merge_indices(folder: Path, world_size: int) -> dict[str, Any]:
+    """Fold the ranks' index files into one, and check that the slices tile every tensor."""
+    tensors: dict[str, Any] = {}
+    for rank in range(world_size):
+        path = folder / f"rank-{rank:05d}.json"
+        for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+            tensor = tensors.setdefault(name, {"shape": entry["shape"], "roles": entry["roles"], "slices": []})
+            tensor["slices"].append([f"rank-{rank:05d}.safetensors", *entry["range"]])
+        path.unlink()
+    for name, tensor in tensors.items():
+        tensor["slices"].sort(key=lambda piece: piece[1])
+        bounds = [0, *(bound for _, *piece in tensor["slices"] for bound in piece), math.prod(tensor["shape"])]
+        assert bounds[::2] == bounds[1::2], f"{name}: the ranks' slices do not tile it: {tensor['slices']}"
+    return tensors
+
+
+def _check_shapes(path: Path, tensors: dict[str, Any], held: list[Held], names: set[str]) -> None:
+    if other := sorted(names ^ tensors.keys()):
+        owner = "this run" if other[0] in names else "the checkpoint"
+        raise DirectoryError(f"{path}: only {owner} has {other[0]} ({len(other)} differ); start a new run.name")
+    for part in held:
+        found = tensors[part.name]
+        if found["shape"] != part.shape or found["roles"] != sorted(part.views):
+            raise DirectoryError(
+                f"{path}: {part.name} has shape {found['shape']}, this run needs {part.shape}; start a new run.name"
+            )
+
+
+def _read_slice(path: Path, tensors: dict[str, Any], part: Held) -> None:
+    for file, start, stop in tensors[part.name]["slices"]:
+        low, high = max(start, part.start), min(stop, part.stop)
+        if low >= high:
+            continue
+        with safe_open(path / file, framework="pt") as tensors_file:
+            for role, view in part.views.items():
+                values = tensors_file.get_slice(f"{part.name}::{role}")[low - start : high - start]
+                view[low - part.start : high - part.start].copy_(values)

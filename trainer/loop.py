@@ -1,0 +1,211 @@
+"""The training loop: from a validated config to a finished run folder. Every mode and strategy goes through here."""
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from trainer import checkpoint, distributed, model_dir, order, run_folder
+from trainer.build import Parts, build
+from trainer.checkpoint import Counters
+from trainer.config import RunConfig
+from trainer.distributed import NotFinite, World
+from trainer.evaluate import evaluate, to_device
+from trainer.guards import StopRequest
+from trainer.metrics import RunLog, Terminal, peak_memory_bytes, read_metrics
+from trainer.optim import learning_rate
+from trainer.strategies import count_parameters
+
+STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
+
+
+def train(config: RunConfig, config_yaml: str) -> int:
+    """Train one run from its newest checkpoint, or from the start; return 0 when done, 75 when stopped after a save.
+
+    `config_yaml` is the resolved config, saved with the run. Raises BadInput for what the user can mend, before step 0.
+    """
+    folder = config.run.folder
+    with StopRequest() as stop:
+        parts = build(config)
+        is_main = parts.world.is_main
+        with run_folder.claimed(folder) if is_main else nullcontext():
+            if is_main:
+                run_folder.write_text(folder / "config.yaml", config_yaml)
+            done = resume(config, parts)
+            status(config, parts.world, "running", None, done.step)
+            rehearse(parts)
+            with open_log(config, done.step) if is_main else nullcontext() as log:
+                return run_steps(config, parts, done, stop, log)
+
+
+def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
+    """Take the steps that are left and write the results; return the exit code."""
+    world, model, optimizer, feed = parts.world, parts.model, parts.optimizer, parts.feed
+    started = time.perf_counter() - done.elapsed_s
+    if world.any(bool(stop.signal_name)):  # while the run was being built
+        return leave(config, world, done, stop)
+    if done.step == 0:
+        evaluate_and_log(parts, log, 0, started)
+    for step in range(done.step, config.run.steps):
+        step_started = time.perf_counter()
+        batches = [to_device(world, batch) for batch in feed.micro_batches(step)]
+        data_wait_s = time.perf_counter() - step_started
+        # Ranks hold different numbers of targets, so divide by the global count: a mean of means is biased.
+        [count] = world.sum([sum(parts.objective.count(batch) for batch in batches)])
+        loss_sum = torch.zeros((), device=world.accelerator.device)
+        for i, batch in enumerate(batches):
+            is_last = i == len(batches) - 1
+            torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
+            with distributed.accumulating(world, model, is_last=is_last):
+                with world.accelerator.autocast():
+                    loss = parts.objective.sums(model, batch)["loss"]
+                # Gradients are averaged over ranks, so the sum over all targets is size * mean.
+                scale = world.size / max(count, 1)
+                distributed.backward(world, model, loss * scale, accumulation=feed.accumulation, is_last=is_last)
+            loss_sum += loss.detach()
+        total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
+        where = f"step {step + 1}, rows {feed.rows_at(step)} of the training data"
+        if not math.isfinite(total_loss):
+            raise NotFinite(f"{where}: the loss is {total_loss}; lower optim.lr, or mend those rows")
+        lr = learning_rate(step, config.optim, config.run.steps)
+        norm = distributed.finish_step(
+            world, model, optimizer, learning_rate=lr, max_norm=config.optim.max_grad_norm, where=where
+        )
+        tokens, now = feed.tokens_at(step), time.perf_counter()
+        done = Counters(step + 1, done.total_tokens + tokens, now - started)
+        if log is not None:
+            log.train(
+                done.step,
+                loss=total_loss / max(count, 1),
+                lr=lr,
+                grad_norm=norm,
+                tokens=tokens,
+                total_tokens=done.total_tokens,
+                tokens_per_s=tokens / (now - step_started),
+                data_wait_s=data_wait_s,
+                memory_bytes=peak_memory_bytes(),
+                elapsed_s=done.elapsed_s,
+            )
+        if is_due(done.step, config.evaluation.every) and done.step < config.run.steps:
+            evaluate_and_log(parts, log, done.step, started)
+        if stops or is_due(done.step, config.checkpoint.every):
+            save(config, parts, done)
+        if stops and done.step < config.run.steps:
+            return leave(config, world, done, stop)
+    finish(config, parts, done, evaluate_and_log(parts, log, done.step, started))
+    return 0
+
+
+def resume(config: RunConfig, parts: Parts) -> Counters:
+    """Load the newest complete checkpoint, if there is one; return where the run stands."""
+    path, skipped = checkpoint.newest(config.run.folder / "checkpoints")
+    if parts.world.is_main:
+        for reason in skipped:
+            Terminal.say_once(f"checkpoint skipped: {reason}")
+    if path is None:
+        return Counters()
+    if parts.world.is_main:
+        Terminal.say_once(f"going on from {path}")
+    return checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
+
+
+def rehearse(parts: Parts) -> None:
+    """Run the longest batch forward and back once, so that running out of memory shows before step 0."""
+    if parts.world.mode == "deepspeed":
+        return  # its engine counts every backward pass as part of a step
+    batch = to_device(parts.world, parts.feed.longest())
+    with parts.world.accelerator.autocast():
+        loss = parts.objective.sums(parts.model, batch)["loss"]
+    parts.world.accelerator.backward(loss * 0.0)
+    parts.optimizer.zero_grad()
+
+
+def open_log(config: RunConfig, start_step: int) -> RunLog:
+    return RunLog(
+        config.run.folder,
+        start_step=start_step,
+        total_steps=config.run.steps,
+        every=config.log.every,
+        tensorboard=config.log.tensorboard,
+    )
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float) -> dict[str, float]:
+    """Return the held-out metrics after `step` steps, logged on the main rank."""
+    metrics = evaluate(parts.world, parts.model, parts.objective, parts.feed.evaluation())
+    if log is not None:
+        log.evaluation(step, metrics, time.perf_counter() - started)
+    return metrics
+
+
+def save(config: RunConfig, parts: Parts, done: Counters) -> None:
+    """Write a checkpoint on all ranks, and that the run has come this far."""
+    checkpoint.save(
+        config.run.folder / "checkpoints",
+        parts.world,
+        parts.model,
+        parts.optimizer,
+        done,
+        keep=config.checkpoint.keep,
+        fingerprints=parts.fingerprints,
+    )
+    status(config, parts.world, "running", None, done.step)
+
+
+def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest) -> int:
+    """Say that the run stopped where everything is saved; return the exit code."""
+    reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
+    status(config, world, "stopped", STOPPED, done.step, reason)
+    return STOPPED
+
+
+def status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:
+    if world.is_main:
+        run_folder.write_status(config.run.folder, state, code=code, step=step, reason=reason)
+
+
+def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float]) -> None:
+    """Write the model directory and result.json, then the status that says so."""
+    world, folder = parts.world, config.run.folder
+    if world.is_main:
+        model = world.accelerator.unwrap_model(parts.model)
+        learning, total = count_parameters(model)
+        model_dir.save_model(
+            folder / "model", model, parts.tokenizer, config,
+            labels=parts.objective.labels, step=done.step, metrics=metrics,
+        )  # fmt: skip
+        score_name, score_mode = parts.objective.score
+        run_folder.write_result(
+            folder,
+            objective=config.objective.type,
+            strategy=config.strategy.type,
+            steps=done.step,
+            score=metrics[score_name],
+            score_name=score_name,
+            score_mode=score_mode,
+            metrics=metrics,
+            initial_metrics=_initial_metrics(config),
+            baseline=parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
+            trainable_parameters=learning,
+            total_parameters=total,
+            tokens=done.total_tokens,
+            seconds=done.elapsed_s,
+            tokens_per_s=done.total_tokens / max(done.elapsed_s, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(),
+            data_fingerprint=parts.splits.fingerprint,
+            world_size=world.size,
+        )
+    world.barrier()
+    status(config, world, "done", 0, done.step)
+
+
+def _initial_metrics(config: RunConfig) -> dict[str, Any]:
+    entries = read_metrics(config.run.folder / "metrics.jsonl")
+    first = next((entry for entry in entries if entry["kind"] == "eval" and entry["step"] == 0), {})
+    return {name: value for name, value in first.items() if name not in ("kind", "step", "elapsed_s")}

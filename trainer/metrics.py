@@ -1,0 +1,122 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, and a progress bar or plain lines on the terminal."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.run_folder import write_text
+
+
+class RunLog:
+    """Writes one JSON object a line; on a resume, what will be written again is dropped first.
+
+    A context manager: the terminal and the files are given back however the run ends.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, total_steps: int, every: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.every, self.total_steps = every, total_steps
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in _kept(self.path, start_step, total_steps)))
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._writer = _tensorboard(folder / "tensorboard", start_step) if tensorboard else None
+        self._terminal = Terminal(folder.name, start_step, total_steps)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._terminal.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def train(self, step: int, **fields: Any) -> None:
+        """Log a training step (1-based: steps done)."""
+        if step % self.every == 0 or step in (1, self.total_steps):
+            self._write("train", step, fields)
+        self._terminal.step(step, fields)
+
+    def evaluation(self, step: int, metrics: dict[str, float], elapsed_s: float) -> None:
+        """Log the held-out metrics after `step` steps."""
+        self._write("eval", step, {**metrics, "elapsed_s": elapsed_s})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self._terminal.say(f"step {step}: held-out {shown}")
+
+    def _write(self, kind: str, step: int, fields: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in fields.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+
+class Terminal:
+    """A progress bar where stderr is a terminal, else about ten lines in all."""
+
+    def __init__(self, name: str, start_step: int, total_steps: int) -> None:
+        self.console = Console(stderr=True)
+        self.total_steps = total_steps
+        self._progress = Progress(
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task(name, total=total_steps, completed=start_step, shown="")
+        self._progress.start()
+
+    def step(self, step: int, fields: dict[str, Any]) -> None:
+        shown = f"loss {fields['loss']:.3f}  {fields['tokens_per_s']:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, shown=shown)
+        if not self.console.is_terminal and (step % max(1, self.total_steps // 10) == 0 or step == 1):
+            self.say(f"step {step}/{self.total_steps}: {shown}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+    @staticmethod
+    def say_once(text: str) -> None:
+        """Print a line outside any progress bar."""
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this rank has used so far: on the GPU where there is one, else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def _kept(path: Path, start_step: int, total_steps: int) -> list[dict[str, Any]]:
+    """The lines up to the step that a run goes on from, but not an evaluation that comes again there."""
+    evaluates_at = (0, total_steps)
+    return [
+        entry
+        for entry in read_metrics(path)
+        if entry["step"] < start_step
+        or (entry["step"] == start_step and not (entry["kind"] == "eval" and start_step in evaluates_at))
+    ]
+
+
+def _tensorboard(folder: Path, start_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)

@@ -1,0 +1,90 @@
+"""Supervised fine-tuning on chats: by the tokenizer's template, loss on the assistant's turns and their end only."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from serving.directory import BadInput
+from trainer.objectives.base import place
+from trainer.objectives.causal_lm import CausalLMObjective
+from trainer.packing import IGNORED, Example
+from trainer.sources import DataError
+
+Messages = list[dict[str, str]]
+
+
+class SFTObjective(CausalLMObjective):
+    def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+        for index, row in enumerate(rows):
+            yield "\n".join(turn["content"] for turn in self._messages(row, index))
+
+    def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+        """Chats longer than `max_length` are cut; one that keeps no assistant token is left out."""
+        if not tokenizer.chat_template:
+            raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")
+        examples = []
+        for index, row in enumerate(rows):
+            try:
+                ids, trained = encode_chat(self._messages(row, index), tokenizer)
+            except TemplateError as error:
+                raise DataError(f"data: {place(row, index)}: the chat template refuses it ({error}); mend it") from None
+            targets = np.where(trained[1:], ids[1:], IGNORED)[:max_length]
+            if (targets != IGNORED).any():
+                examples.append(Example(ids[:-1][:max_length], targets))
+        if not examples:
+            raise DataError(f"batch.max_length: no chat keeps an assistant token within {max_length} tokens; raise it")
+        return examples
+
+    def _messages(self, row: dict[str, Any], index: int) -> Messages:
+        if self.columns.messages not in row:
+            return _turns(self.text_column(row, index, "prompt"), self.text_column(row, index, "completion"))
+        messages = row[self.columns.messages]
+        well_formed = isinstance(messages, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        if not well_formed:
+            raise DataError(
+                f"data.messages: {place(row, index)} holds no list of {{role, content}} with text; mend the row"
+            )
+        if not any(turn["role"] == "assistant" for turn in messages):
+            raise DataError(f"data.messages: {place(row, index)} has no assistant turn to learn from; remove it")
+        return messages
+
+
+def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token ids of a chat, shape [T], and which of them the assistant says (its end token too), shape [T].
+
+    A token that joins the end of a prompt with the start of an answer (white space does) counts as the prompt's.
+    Raises BadInput where the template is not prefix-preserving (a later turn changes earlier text: no mask can then
+    say who said what) or a turn of the assistant does not end in the tokenizer's end token (it would never stop).
+    """
+    text = _render(messages, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.asarray(encoded["input_ids"], np.int32)
+    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])  # in characters of the text
+    trained = np.zeros(len(ids), bool)
+    for i, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        prompt = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        said = _render(messages[: i + 1], tokenizer)
+        if not said.startswith(prompt) or not text.startswith(said):
+            raise BadInput("tokenizer: its chat template is not prefix-preserving, so assistant turns cannot be masked")
+        inside = (starts >= len(prompt)) & (starts < len(said))
+        ends = np.flatnonzero(inside & (ids == tokenizer.eos_token_id))
+        if not len(ends):
+            raise BadInput(f"tokenizer: its chat template does not end a turn with {tokenizer.eos_token!r} (eos_token)")
+        trained |= inside & (np.arange(len(ids)) <= ends[-1])
+    return ids, trained
+
+
+def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _turns(prompt: str, completion: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
