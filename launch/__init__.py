@@ -1,0 +1,1 @@
+"""The command line, clusters, sweeps, reports. Read first: launch/cli.py."""

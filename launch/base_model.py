@@ -1,0 +1,48 @@
+"""The base model that a run starts from, made first by another run config where it is missing."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch import config_file
+from launch.config_file import ConfigError
+from trainer.config import PretrainedModel, RunConfig
+
+# Variables by which a launcher tells a process its place; the base model is made by one process outside that world.
+_LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
+_LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
+
+def ensure_base_model(config: RunConfig) -> None:
+    """Train `model.made_by` if `model.path` is absent. Ranks and parallel trials wait for whoever does it first.
+
+    Raises ConfigError if the path is absent and nothing makes it, or if `made_by` makes another folder.
+    """
+    model = config.model
+    if not isinstance(model, PretrainedModel) or Path(model.path).is_dir() or model.made_by is None:
+        return
+    base = config_file.load(model.made_by, [], RunConfig)
+    made = base.run.folder / "model"
+    if made.resolve() != Path(model.path).resolve():
+        raise ConfigError(
+            f"model.made_by: {model.made_by} makes {made}, but model.path is {model.path}; make them agree"
+        )
+    base.run.dir.mkdir(parents=True, exist_ok=True)
+    with (base.run.dir / f".{base.run.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if Path(model.path).is_dir():
+            return
+        print(f"{model.path} is not there yet: training {model.made_by} first", file=sys.stderr, flush=True)
+        code = subprocess.run([sys.executable, "-m", "launch.train", str(model.made_by)], env=_own_world()).returncode
+    if code != 0:
+        raise ConfigError(f"model.made_by: training {model.made_by} ended with code {code}; run it alone to see why")
+
+
+def _own_world() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_NAMES
+    }

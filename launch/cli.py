@@ -1,0 +1,164 @@
+"""The `trivet` command line: what each command takes. What it does lies beside it, imported when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.directory import BadInput
+
+app = typer.Typer(
+    help="From raw text to a served model: train, export to ONNX with proof, serve with continuous batching.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A config file (.yaml); see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.", show_default=False)
+]
+OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A directory made by `trivet export`.")]
+Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
+
+
+def main() -> None:
+    """Run the command line. Bad input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    parallel: Annotated[str | None, typer.Option(help="ddp, zero1 or zero2; ddp where --nproc is above 1.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, build everything, train nothing.")
+    ] = False,
+) -> None:
+    """Train one run: from its newest checkpoint if it was stopped, else from the start."""
+    from launch import processes
+    from launch import train as single
+
+    if dry_run:
+        raise typer.Exit(single.dry_run(config, overrides or []))
+    if nproc == 1 and parallel is None:
+        raise typer.Exit(single.main([str(config), *(overrides or [])]))
+    argv, env = processes.accelerate_command(config, overrides or [], nproc=nproc, parallel=parallel or "ddp")
+    print(processes.show_command(argv, env), file=sys.stderr)
+    raise typer.Exit(processes.run_group(argv, env))
+
+
+@app.command()
+def sweep(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Compare strategies: many ordinary runs, ranked."""
+    from launch import config_file, sweep
+    from launch.sweep_config import SweepConfig
+
+    raise typer.Exit(sweep.sweep(config_file.load(config, overrides or [], SweepConfig), config))
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Run or sweep folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Where the page goes; default: report.html in the first.")] = None,
+) -> None:
+    """Write report.html with plots, and print a table."""
+    from launch import report
+
+    report.terminal_table(paths)
+    print(report.write_report(paths, output))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR|RUN|SWEEP", help="What to export.")],
+    onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
+) -> None:
+    """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
+    from launch.export import export
+
+    raise typer.Exit(export(model, onnx_dir))
+
+
+@app.command()
+def verify(onnx_dir: OnnxArgument, provider: Provider = "cpu") -> None:
+    """Prove an ONNX directory again, on this machine and provider, without torch."""
+    from launch.export import print_record
+    from serving.verify import verify
+
+    print_record(onnx_dir, verify(onnx_dir, provider))
+
+
+@app.command()
+def generate(
+    onnx_dir: OnnxArgument,
+    prompt: Annotated[str | None, typer.Option(help="One prompt; a chat model gets it as the user's turn.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL rows with `prompt` or `messages`, and an `id`.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts to a chat model as plain text.")] = False,
+    slots: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
+    provider: Provider = "cpu",
+) -> None:
+    """Generate text, one prompt or a file of them."""
+    from launch.generate import generate
+    from serving.request import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    generate(onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider)
+
+
+@app.command()
+def serve(
+    onnx_dir: OnnxArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 8,
+    api_key_file: Annotated[Path | None, typer.Option(help="Accepted API keys, one a line.")] = None,
+    provider: Provider = "cpu",
+) -> None:
+    """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
+    from launch.generate import read_keys
+    from serving.server import serve
+
+    serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Say what is installed, what will really run, and what is wrong with its fix."""
+    from launch.doctor import doctor
+
+    raise typer.Exit(doctor(json_output=json))
+
+
+@app.command()
+def quickstart(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="From scratch on the embedded corpus; nothing is downloaded.")
+    ] = False,
+    dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
+) -> None:
+    """The whole path on this machine in a few minutes: text, training, export, proof, decoding, serving, report."""
+    from launch.quickstart import quickstart
+
+    if not tiny:
+        raise BadInput("quickstart: needs --tiny for now; run: trivet quickstart --tiny")
+    raise typer.Exit(quickstart(dir))
+
+
+if __name__ == "__main__":
+    main()

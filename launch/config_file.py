@@ -1,0 +1,151 @@
+"""YAML and dotted overrides -> a validated config. The only YAML parser of the project."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from serving.directory import BadInput
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class ConfigError(BadInput):
+    """A config file or override that cannot be used."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without silent duplicates: the second of two equal keys is an error, not the winner."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def load(path: Path, overrides: list[str], model: type[Config]) -> Config:
+    """Return the config in the YAML file at `path` with `section.key=value` overrides applied, validated as `model`.
+
+    Raises ConfigError, one line, for a missing file, broken YAML, an unknown key (naming the nearest), a wrong type
+    or range.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    # A changed type empties its section first, so that the other type's keys do not linger.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".type")):
+        _apply(values, override)
+    try:
+        return model.model_validate(values, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, model)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises ConfigError if it is missing, broken or not a mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: broken YAML: {where}{getattr(error, 'problem', error)}; mend that line") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}; expected sections such as `run:` and `model:`")
+    return values
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Return the complete, re-runnable YAML of a config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """Return the dotted keys whose values differ between two configs."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example run.steps=20")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    section = values
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {key} is not a section")
+    if keys[-1] == "type" and section.get("type") != value:
+        section.clear()
+    section[keys[-1]] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    first, *others = error.errors()
+    more = f" (and {len(others)} more: {', '.join(_dotted(e['loc'], model) for e in others)})" if others else ""
+    return _explain_one(first, model) + more
+
+
+def _explain_one(error: Any, model: type[BaseModel]) -> str:
+    name, found = _dotted(error["loc"], model), error["input"]
+    if error["type"] == "extra_forbidden":
+        parent, _, key = name.rpartition(".")
+        near = difflib.get_close_matches(key, _keys_at(model, error["loc"][:-1]), n=1, cutoff=0)
+        return f"{name}: unknown key; did you mean {f'{parent}.' if parent else ''}{near[0] if near else '?'}?"
+    if error["type"] == "missing":
+        return f"{name}: missing; add it"
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+    if error["type"].startswith("union_tag"):
+        accepted = error["ctx"].get("expected_tags", "")
+        found = error["ctx"].get("tag", found)
+        return f"{name}.type: {found!r} found; accepted: {accepted}" if accepted else f"{name}.type: missing; add it"
+    accepted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name}: {found!r} found; accepted: {accepted}"
+
+
+def _dotted(location: tuple[Any, ...], model: type[BaseModel]) -> str:
+    """The dotted key as the user writes it: pydantic puts a union's tag into it (`strategy.lora.rank`)."""
+    field = model.model_fields.get(str(location[0])) if location else None
+    tagged = field is not None and field.discriminator is not None
+    return ".".join(str(part) for i, part in enumerate(location) if not (tagged and i == 1))
+
+
+def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Every key that may stand where `location` points."""
+    candidates = [model]
+    for part in location:
+        fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
+        if fields:
+            candidates = [kind for field in fields for kind in _models_in(field.annotation)]
+        else:  # a union tag: keep the member with that type
+            candidates = [c for c in candidates if part in str(c.model_fields.get("type"))] or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _models_in(part)]

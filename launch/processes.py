@@ -1,0 +1,281 @@
+"""Child processes that train: composed, started in a group of their own, told to stop, and never left behind.
+
+`accelerate launch` is no help once it runs: it dies of SIGUSR1 and leaves its workers, kills a slow save after 30 s,
+and returns 1 for every failure. So signals go past it, straight to the ranks; each rank leaves its own exit code in a
+file; and whatever carries the group's mark is killed when the group ends.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launch.locate import example_configs
+from serving.directory import BadInput
+
+PARALLEL = ("ddp", "zero1", "zero2")
+EXIT_FOLDER = "TRIVET_EXIT_FOLDER"  # where each rank writes its exit code: see `report_exit`
+GROUP_MARK = "TRIVET_GROUP"  # in the environment of every process of a group, however deep
+STOPPED, BAD_INPUT, INTERRUPTED = 75, 2, 130
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+# --- what to run -----------------------------------------------------------------------------------------------------
+
+
+def train_command(config_path: Path, overrides: list[str]) -> list[str]:
+    """Return the command of one run in one process."""
+    return [sys.executable, "-m", "launch.train", str(config_path), *overrides]
+
+
+def accelerate_command(
+    config_path: Path, overrides: list[str], *, nproc: int, parallel: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the `accelerate launch` command of one run on `nproc` processes, and what it adds to the environment.
+
+    Raises BadInput for a mode that is not in PARALLEL, or more processes than GPUs on a machine that has some.
+    """
+    if parallel not in PARALLEL:
+        raise BadInput(f"--parallel: {parallel!r} found; accepted: {', '.join(PARALLEL)}")
+    num_gpus = _num_gpus()
+    if nproc < 1 or (num_gpus and nproc > num_gpus):
+        accepted = f"1 to {num_gpus}, the GPUs of this machine" if num_gpus else "1 or more"
+        raise BadInput(f"--nproc: {nproc} found; accepted: {accepted}")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(parallel))]
+    world = ["--num_processes", str(nproc), "-m", "launch.train"]
+    env = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, num_cores() // nproc))}
+    if not num_gpus:
+        env["DS_ACCELERATOR"] = "cpu"
+        if not parallel.startswith("zero"):  # under DeepSpeed this one would start one process only
+            env["ACCELERATE_USE_CPU"] = "true"
+    return [sys.executable, *launcher, *world, str(config_path), *overrides], env
+
+
+def accelerate_config(name: str) -> Path:
+    """Return the path of an Accelerate launch config that ships with Trivet."""
+    return example_configs() / "accelerate" / f"{name}.yaml"
+
+
+def show_command(argv: list[str], env: dict[str, str]) -> str:
+    """Return the command as one would type it in a shell."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(argv)])
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
+
+
+def run_group(argv: list[str], env: dict[str, str]) -> int:
+    """Run the command in a group of its own until it ends; return the exit code of `trivet` for it.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on to every rank, which saves and stops (75). A second Ctrl-C kills the
+    group (130). What a rank reported as bad input is printed once more, below the launcher's own traceback. Only the
+    main thread may call this, since it handles signals meanwhile.
+    """
+    group = Group(argv, env)
+    interrupts = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            group.kill()
+        else:
+            group.send(signal.Signals(number))
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in signals}
+    try:
+        code = group.wait()
+        if code == BAD_INPUT and group.error():
+            print(f"error: {group.error()}", file=sys.stderr)
+        return code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        group.close()
+
+
+class Group:
+    """A command and everything it starts. Close it (or use `with`): nothing of it is alive afterwards.
+
+    Should this process be killed itself, the kernel sends SIGTERM to the command. `output` takes what it prints,
+    `folder` is where it runs, `scratch` where the ranks leave their exit codes.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        env: dict[str, str],
+        *,
+        output: IO[bytes] | None = None,
+        folder: Path | None = None,
+        scratch: str | None = None,
+    ) -> None:
+        self._mark = f"{GROUP_MARK}={uuid.uuid4().hex}"
+        self._exits = tempfile.TemporaryDirectory(prefix="trivet-exit-", dir=scratch)
+        self._killed = False
+        marks = {GROUP_MARK: self._mark.partition("=")[2], EXIT_FOLDER: self._exits.name}
+        self._leader = subprocess.Popen(
+            argv,
+            env={**os.environ, **env, **marks},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,  # Ctrl-C on the terminal reaches only us
+            preexec_fn=_die_with_parent,
+        )
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def members(self) -> list[int]:
+        """Return the ids of the group's live processes, however deep and whoever their parent is now."""
+        return sorted(_marked(self._mark))
+
+    def ranks(self) -> list[int]:
+        """Return the training processes: not the launcher above them, nor the helpers below (loaders, compilers)."""
+        return _ranks(_marked(self._mark))
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every rank, or to the command itself while it has none."""
+        for pid in self.ranks():
+            _kill(pid, number)
+
+    def kill(self) -> None:
+        """End every process of the group at once."""
+        self._killed = True
+        _kill_marked(self._mark)
+
+    def poll(self) -> int | None:
+        """Return the exit code of `trivet` for this group, None while it runs."""
+        return None if self._leader.poll() is None else self._code()
+
+    def wait(self) -> int:
+        """Wait for the command to end; return the exit code of `trivet` for it."""
+        self._leader.wait()
+        return self._code()
+
+    def close(self) -> None:
+        """Kill what is left."""
+        if self.members():
+            self.kill()
+        self._leader.wait()
+        self._exits.cleanup()
+
+    def error(self) -> str:
+        """Return the first error message that a rank reported, or nothing."""
+        return next((message for _, message in self._reports() if message), "")
+
+    def _code(self) -> int:
+        codes = {self._leader.returncode, *(code for code, _ in self._reports())}
+        if self._killed:
+            return INTERRUPTED
+        if BAD_INPUT in codes:
+            return BAD_INPUT
+        if STOPPED in codes and self._leader.returncode in (0, STOPPED):
+            return STOPPED
+        if INTERRUPTED in codes or self._leader.returncode == -signal.SIGINT:
+            return INTERRUPTED
+        return 1 if self._leader.returncode else 0
+
+    def _reports(self) -> list[tuple[int, str]]:
+        return [tuple(json.loads(path.read_text())) for path in sorted(Path(self._exits.name).glob("rank-*.json"))]
+
+
+def report_exit(code: int, message: str = "") -> None:
+    """Called by a rank at its end: leave its exit code for the group above the launcher, if there is one."""
+    folder = os.environ.get(EXIT_FOLDER)
+    if folder and Path(folder).is_dir():
+        path = Path(folder) / f"rank-{int(os.environ.get('RANK', '0')):06d}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps([code, message]))
+        partial.replace(path)
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def stop_marked(mark: str, *, patience_s: float) -> None:
+    """Ask the ranks of every group that was started with `mark` (NAME=value) in its environment to save and stop.
+
+    Kills what still lives after `patience_s`, or when interrupted meanwhile.
+    """
+    try:
+        for pid in _ranks(_marked(mark)):
+            _kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + patience_s
+        while _marked(mark) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        _kill_marked(mark)
+
+
+def _kill_marked(mark: str) -> None:
+    deadline = time.monotonic() + 10
+    while (pids := _marked(mark)) and time.monotonic() < deadline:
+        for pid in pids:
+            _kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _marked(mark: str) -> dict[int, list[bytes]]:
+    """Return process id -> the environment it was started with, of live processes that have `mark` in theirs."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")  # empty for a zombie
+        except OSError:  # gone, or another user's
+            continue
+        if mark.encode() in environment:
+            found[int(folder.name)] = environment
+    return found
+
+
+def _ranks(marked: dict[int, list[bytes]]) -> list[int]:
+    """The topmost processes that a launcher gave a rank; without a launcher, the topmost of all."""
+    ranked = {pid for pid, environment in marked.items() if any(e.startswith(b"LOCAL_RANK=") for e in environment)}
+    inside = ranked or set(marked)
+    return sorted(pid for pid in inside if _parent(pid) not in inside)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _die_with_parent() -> None:
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

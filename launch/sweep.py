@@ -1,0 +1,138 @@
+"""`trivet sweep`: many ordinary runs through Ray Tune, ranked."""
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launch import config_file, processes, report, report_data
+from launch.report_data import is_number
+from launch.sweep_config import SweepConfig, Trial, trials
+from serving import directory
+from serving.directory import BadInput
+
+MARK = "TRIVET_SWEEP"  # in the environment of every training process of a sweep
+STOP_PATIENCE_S = 60.0
+
+# Ray as a local scheduler only: no statistics sent home, no token file, no notes on the terminal, no changed folders.
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+
+
+def sweep(config: SweepConfig, config_path: Path, *, command: Callable[[Trial], list[str]] | None = None) -> int:
+    """Run every trial of the sweep; write result.json and report.html to `<sweep.dir>/<sweep.name>`; return the code.
+
+    0 when every trial finished, 1 when one failed (the others are ranked all the same), 75 when Ctrl-C or SIGTERM
+    stopped it after the trials saved. Started again, finished trials are kept and stopped ones go on. `command`
+    replaces the training command of a trial. Raises BadInput, before anything starts, for a trial that cannot run.
+    """
+    run_trials = _import_ray()
+    planned = trials(config)
+    (config.folder / "trials").mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+    mark = uuid.uuid4().hex
+    specs = [_spec(trial, config, mark, command or train_command) for trial in planned]
+    started = time.monotonic()
+    try:
+        with _progress() as progress:
+            ended = run_trials(specs, concurrent=config.sweep.concurrent, progress=progress)
+    except KeyboardInterrupt:
+        print("stopping: the trials save and end; Ctrl-C again kills them", file=sys.stderr, flush=True)
+        processes.stop_marked(f"{MARK}={mark}", patience_s=STOP_PATIENCE_S)
+        print(f"stopped; go on with: trivet sweep {config_path}", file=sys.stderr)
+        return processes.STOPPED
+    finally:
+        _end_ray()
+        processes.stop_marked(f"{MARK}={mark}", patience_s=0)
+    ranking = rank(planned, ended)
+    _write_result(config, ranking, seconds=time.monotonic() - started)
+    return 0 if all(entry["state"] == "done" for entry in ranking) else 1
+
+
+def rank(planned: list[Trial], ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry for each trial: finished ones, best score first, then the failed ones with the reason.
+
+    `ended` holds what each trial reported last: `code` and `reason`.
+    """
+    entries = [_entry(trial, ended.get(trial.name, {})) for trial in planned]
+    sign = -1 if any(entry.get("score_mode") == "max" for entry in entries) else 1
+    return sorted(entries, key=lambda entry: (entry["score"] is None, sign * (entry["score"] or 0.0)))
+
+
+def train_command(trial: Trial) -> list[str]:
+    """Return the command of one trial: an ordinary run."""
+    return processes.train_command(trial.base, trial.arguments)
+
+
+def _spec(trial: Trial, config: SweepConfig, mark: str, command: Callable[[Trial], list[str]]) -> dict[str, Any]:
+    threads = str(max(1, processes.num_cores() // config.sweep.concurrent))
+    return {
+        "name": trial.name,
+        "steps": trial.config.run.steps,
+        "argv": command(trial),
+        "env": {MARK: mark, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},  # Ray would say 1
+        "run": str(trial.folder),
+        "log": f"{trial.folder}.log",
+        "cwd": str(Path.cwd()),
+    }
+
+
+def _entry(trial: Trial, ended: dict[str, Any]) -> dict[str, Any]:
+    run = report_data.read_run(trial.folder)
+    done = run.state == "done" and ended.get("code") == 0 and is_number(run.result.get("score"))
+    reason = run.status.get("reason") or ended.get("reason") or "ended without a score"
+    kept = ("score_name", "score_mode", "trainable_parameters", "total_parameters", "seconds", "tokens_per_s")
+    return {
+        "strategy": trial.config.strategy.type,
+        "score": run.result["score"] if done else None,
+        "run": str(trial.folder),
+        "name": trial.name,
+        "state": "done" if done else "failed",
+        "reason": "" if done else f"{reason} (see {trial.folder}.log)",
+        "overrides": trial.overrides,
+        **{key: run.result[key] for key in kept if done and key in run.result},
+    }
+
+
+def _write_result(config: SweepConfig, ranking: list[dict[str, Any]], *, seconds: float) -> None:
+    fields = {"name": config.sweep.name, "base": str(config.base), "seconds": round(seconds, 1)}
+    result = {"format_version": directory.FORMAT_VERSION, **fields, "ranking": ranking}
+    directory.write_json(config.folder / "result.json", result)
+    report.terminal_table([config.folder])
+    page = report.write_report([config.folder])
+    print(f"report: {page}")
+    if ranking[0]["state"] == "done":
+        print(f"next: trivet export {config.folder} onnx/{config.sweep.name}    # the winner, {ranking[0]['name']}")
+
+
+def _import_ray() -> Callable[..., dict[str, dict[str, Any]]]:
+    os.environ.update(RAY_ENVIRONMENT)  # read when Ray is imported
+    try:
+        from launch.sweep_ray import run_trials
+    except ImportError as error:
+        raise BadInput(f"sweep: {error.name} is not installed; run: pip install 'trivet[sweep]'") from None
+    return run_trials
+
+
+def _end_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))

@@ -1,0 +1,154 @@
+"""Chats: exactly what the assistant says carries loss, or the run is refused."""
+
+import numpy as np
+import pytest
+
+from serving.directory import BadInput
+from trainer.config import FileData
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.sft import encode_chat
+from trainer.packing import IGNORED
+from trainer.sources import DataError, read_rows
+
+COLUMNS = FileData(type="files", train="data.jsonl")
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "a file?"},
+    {"role": "assistant", "content": "yes, lines"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+@pytest.fixture
+def objective():
+    return OBJECTIVES["sft"](COLUMNS, [])
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """Return a function that gives a copy of the tokenizer another chat template."""
+    import copy
+
+    def change(template: str | None):
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = template
+        return other
+
+    return change
+
+
+def spoken(targets, tokenizer) -> str:
+    return tokenizer.decode([token for token in targets if token != IGNORED])
+
+
+def test_only_the_assistant_s_turns_and_their_end_carry_loss(objective, tokenizer):
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # Worked by hand from the template: <|role|>, a new line, the content, <|end|>.
+    silent = ids("<|system|>\nbe kind<|end|><|user|>\na file?<|end|><|assistant|>\n")
+    first = ids("yes, lines<|end|>")
+    between = ids("<|user|>\nmore<|end|><|assistant|>\n")
+    last = ids("no<|end|>")
+    whole = [*silent, *first, *between, *last]
+    mask = [0] * len(silent) + [1] * len(first) + [0] * len(between) + [1] * len(last)
+
+    [example] = objective.encode([{"messages": CHAT}], tokenizer, 128)
+    assert example.input_ids.tolist() == whole[:-1]
+    assert example.targets.tolist() == [
+        token if said else IGNORED for token, said in zip(whole[1:], mask[1:], strict=True)
+    ]
+    assert tokenizer.eos_token_id == example.targets[-1]
+
+
+def test_the_ids_are_those_of_the_template_s_text(tokenizer):
+    ids, _ = encode_chat(CHAT, tokenizer)
+    assert ids.tolist() == tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+
+
+def test_an_answer_that_starts_with_white_space_is_masked_too(objective, tokenizer):
+    """Its first space may share a token with the prompt's last new line: that token is the prompt's."""
+    chat = [{"role": "user", "content": "code"}, {"role": "assistant", "content": "\n\n    return a list"}]
+    [example] = objective.encode([{"messages": chat}], tokenizer, 128)
+    assert spoken(example.targets, tokenizer).lstrip() == "return a list<|end|>"
+
+
+def test_text_after_the_end_token_carries_no_loss(objective, with_template):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = with_template(template)
+    [example] = objective.encode([{"messages": CHAT}], tokenizer, 128)
+    assert spoken(example.targets, tokenizer) == "yes, lines<|end|>no<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        # Says how many turns there are, first: a later turn changes earlier text.
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "not prefix-preserving"),
+        # The generation prompt is not what stands before the assistant's turn.
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}Answer:{% endif %}",
+            "not prefix-preserving",
+        ),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "does not end a turn with '<|end|>'"),
+        (None, "no chat template"),
+    ],
+    ids=["counts turns", "other generation prompt", "no end token", "no template"],
+)
+def test_a_template_that_would_be_masked_wrongly_is_refused(objective, with_template, template, said):
+    with pytest.raises(BadInput) as caught:
+        objective.encode([{"messages": CHAT}], with_template(template), 128)
+    assert said in str(caught.value)
+
+
+def test_a_template_that_raises_names_the_row(objective, with_template, tmp_path, write_rows):
+    tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
+    [row] = read_rows(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(DataError, match=rf"{tmp_path / 'a.jsonl'}, line 1: .*roles must alternate"):
+        objective.encode([row], tokenizer, 128)
+
+
+def test_a_chat_is_cut_and_left_out_where_nothing_to_learn_remains(objective, tokenizer):
+    long_question = [{"role": "user", "content": "file " * 40}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": CHAT}, {"messages": long_question}]
+    [kept] = objective.encode(rows, tokenizer, 24)
+    assert len(kept.input_ids) == len(kept.targets) == 24
+    [whole] = objective.encode(rows[:1], tokenizer, 128)
+    assert np.array_equal(kept.targets, whole.targets[:24])
+
+
+def test_chats_that_all_lose_their_answers_are_refused(objective, tokenizer):
+    with pytest.raises(DataError, match=r"batch\.max_length: no chat keeps an assistant token within 8 tokens"):
+        objective.encode([{"messages": CHAT}], tokenizer, 8)
+
+
+def test_prompt_and_completion_are_a_chat_of_two_turns(objective, tokenizer):
+    turns = [{"role": "user", "content": "a file?"}, {"role": "assistant", "content": "yes"}]
+    [pair] = objective.encode([{"prompt": "a file?", "completion": "yes"}], tokenizer, 64)
+    [chat] = objective.encode([{"messages": turns}], tokenizer, 64)
+    assert np.array_equal(pair.input_ids, chat.input_ids)
+    assert np.array_equal(pair.targets, chat.targets)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "a", "completion": "b"}, "data.prompt: row 1 has no 'prompt'; it has: question, completion"),
+        ({"prompt": "a"}, "data.completion: row 1 has no 'completion'"),
+        ({"prompt": "a", "completion": ["b"]}, "data.completion: row 1 holds a list"),
+        ({"messages": "hello"}, "data.messages: row 1 holds no list of {role, content}"),
+        ({"messages": [{"role": "user"}]}, "data.messages: row 1 holds no list of {role, content}"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "data.messages: row 1 has no assistant turn"),
+        ({"messages": []}, "data.messages: row 1 has no assistant turn"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value),
+)
+def test_a_row_that_is_no_chat_is_refused(objective, tokenizer, row, said):
+    with pytest.raises(DataError) as caught:
+        objective.encode([row], tokenizer, 64)
+    assert said in str(caught.value)
