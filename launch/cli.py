@@ -30,8 +30,6 @@ def main() -> None:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 @app.command()
@@ -39,20 +37,24 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    parallel: Annotated[str | None, typer.Option(help="ddp, zero1 or zero2; ddp where --nproc is above 1.")] = None,
+    parallel: Annotated[str | None, typer.Option(help="ddp or zero2; ddp where --nproc is above 1.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, build everything, train nothing.")
     ] = False,
 ) -> None:
     """Train one run: from its newest checkpoint if it was stopped, else from the start."""
     from launch import processes
-    from launch import train as single
+    from launch import train as one_run
 
+    arguments = overrides or []
     if dry_run:
-        raise typer.Exit(single.dry_run(config, overrides or []))
+        from launch import config_file
+        from trainer.config import RunConfig
+
+        return one_run.dry_run(config_file.load(config, arguments, RunConfig))
     if nproc == 1 and parallel is None:
-        raise typer.Exit(single.main([str(config), *(overrides or [])]))
-    argv, env = processes.accelerate_command(config, overrides or [], nproc=nproc, parallel=parallel or "ddp")
+        raise typer.Exit(one_run.main([str(config), *arguments]))
+    argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=parallel or "ddp")
     print(processes.show_command(argv, env), file=sys.stderr)
     raise typer.Exit(processes.run_group(argv, env))
 

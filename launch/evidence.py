@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from launch.export import check_rows
 from launch.report import Section
 from serving.engine import NEAR_TIE, Engine
 from serving.request import Sampling
@@ -189,9 +190,5 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def verification_section(record: dict[str, Any]) -> Section:
     """Return the evidence of an export as a table."""
-    rows = []
-    for name, check in record["checks"].items():
-        facts = ", ".join(f"{key}: {value}" for key, value in check.items() if key != "passed")
-        rows.append([name, facts, "yes" if check["passed"] else "NO"])
     title = f"Verified on {record['provider']}, onnxruntime {record['onnxruntime']}"
-    return Section(title, ["check", "evidence", "passed"], rows)
+    return Section(title, ["check", "evidence", "passed"], check_rows(record))

@@ -32,11 +32,15 @@ def print_record(onnx_dir: Path, record: dict[str, Any]) -> None:
     table.add_column("check")
     table.add_column("evidence")
     table.add_column("passed")
-    for name, check in record["checks"].items():
-        facts = ", ".join(f"{key} {_short(value)}" for key, value in check.items() if key != "passed")
-        table.add_row(name, facts, "yes" if check["passed"] else "NO")
+    for row in check_rows(record):
+        table.add_row(*row)
     Console().print(table)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.2e}" if isinstance(value, float) else str(value)
+def check_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Return one row for each check: its name, what was found and how much was looked at, whether it passed."""
+    rows = []
+    for name, check in record["checks"].items():
+        counts = [f"{value:,} {key.replace('_', ' ')}" for key, value in check.items() if type(value) is int]
+        rows.append([name.replace("_", " "), "; ".join([check["found"], *counts]), "yes" if check["passed"] else "NO"])
+    return rows

@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def prompt_ids(row: Row, text: Text, *, prompts_are_chats: bool) -> list[int]:
-    """Return the token ids of a row: `messages` through the chat template, `prompt` as one user turn or as plain text."""
+    """Return the token ids of a row: `messages` through the chat template, `prompt` as a user's turn or plain."""
     if "messages" in row:
         return text.chat(row["messages"])
     if prompts_are_chats:
@@ -47,7 +47,7 @@ def generate(
     prompts_are_chats: bool,
     on_finish: Callable[[int], None] | None = None,
 ) -> Iterator[Row]:
-    """Decode all rows in continuous batches; yield `{id, text, finish_reason, prompt_tokens, completion_tokens}` in order.
+    """Decode all rows in continuous batches; yield `{id, text, finish_reason, ..._tokens}` in the order of the rows.
 
     `on_finish` is called with the number of finished rows whenever that grows. Raises RowError before any decoding if
     a row cannot run, and RuntimeError if the model failed on one.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from serving import directory
-from trainer import distributed
+from trainer import distributed, hub
 from trainer.config import NewModel, PretrainedModel, PretrainedTokenizer, RunConfig, TrainedTokenizer
 from trainer.distributed import World
 from trainer.feed import Feed, micro_rows
@@ -42,6 +42,10 @@ def build(config: RunConfig) -> Parts:
     transformers_logging.disable_progress_bar()
     world = distributed.start(config)
     micro = micro_rows(config, world.size)
+    if isinstance(config.model, PretrainedModel):
+        hub.check_reachable(config.model.path, "model.path")
+    if isinstance(config.tokenizer, PretrainedTokenizer) and config.tokenizer.path is not None:
+        hub.check_reachable(config.tokenizer.path, "tokenizer.path")
     splits = read_splits(config.data, config.objective.type)
     objective = OBJECTIVES[config.objective.type](config.data, splits.train)
     tokenizer = build_tokenizer(config, objective, splits)

@@ -6,6 +6,7 @@ So every run asserts world size and mode before step 0.
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from serving.directory import BadInput
 from trainer.config import RunConfig
+from trainer.guards import RunFailed
 
 _MODES = {
     DistributedType.NO: "single",
@@ -24,7 +26,7 @@ _MODES = {
 }
 
 
-class NotFinite(Exception):
+class NotFinite(RunFailed):
     """A loss or gradient that is not a finite number; the weights are as they were."""
 
 
@@ -67,7 +69,11 @@ def start(config: RunConfig) -> World:
     precision = "no" if config.precision.type == "fp32" else config.precision.type
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed even where it is not used
+    if with_deepspeed:
+        # DeepSpeed 0.19 calls collectives by names that torch is giving up.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     if with_deepspeed and on_cpu:
+        _compile_nothing()
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     else:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
@@ -86,8 +92,10 @@ def prepare(
     """Return model and optimizer made ready for the mode. DeepSpeed's own values are derived here and nowhere else."""
     if world.mode == "deepspeed":
         deepspeed_config = world.accelerator.state.deepspeed_plugin.deepspeed_config
+        accumulation = config.batch.rows // (micro_rows * world.size)
+        world.accelerator.gradient_accumulation_steps = accumulation
         deepspeed_config["train_micro_batch_size_per_gpu"] = micro_rows
-        deepspeed_config["gradient_accumulation_steps"] = config.batch.rows // (micro_rows * world.size)
+        deepspeed_config["gradient_accumulation_steps"] = accumulation
         deepspeed_config["gradient_clipping"] = config.optim.max_grad_norm
     return world.accelerator.prepare(model, optimizer)
 
@@ -137,6 +145,13 @@ def finish_step(
         optimizer.step()
         optimizer.zero_grad()
     return norm
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from building a kernel for inference at start: it takes a minute, a compiler and ninja."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _check_launch_precision(config: RunConfig) -> None:

@@ -1,9 +1,13 @@
-"""Signals: a stop is agreed on by all ranks at a step boundary, after which the run saves and ends."""
+"""How a run ends early: on a signal, agreed on by all ranks at a step boundary, or because it cannot go on."""
 
 import signal
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class RunFailed(Exception):
+    """A run that cannot go on for a reason that its message gives in full."""
 
 
 class StopRequest:

@@ -1,0 +1,22 @@
+"""What the tests of several packages share: the command line, run as a user would, in this process."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def trivet(monkeypatch, capfd):
+    """Return a function that runs `trivet ARGUMENTS` and returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from launch import cli
+
+        monkeypatch.setattr(sys, "argv", ["trivet", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
