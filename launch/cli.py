@@ -37,7 +37,7 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    parallel: Annotated[str | None, typer.Option(help="ddp or zero2; ddp where --nproc is above 1.")] = None,
+    parallel: Annotated[str | None, typer.Option(help="ddp, zero1 or zero2; ddp where --nproc is above 1.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, build everything, train nothing.")
     ] = False,

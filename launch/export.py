@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.locate import model_folder
 from serving.verify import VerificationFailed
 
 
@@ -15,10 +14,9 @@ def export(model: Path, onnx_dir: Path) -> int:
     from serving.export import export_model
 
     console = Console(stderr=True)
-    source = model_folder(model)
     try:
         with console.status("export") as status:
-            record = export_model(source, onnx_dir, progress=lambda stage: status.update(f"export: {stage}"))
+            record = export_model(model, onnx_dir, progress=lambda stage: status.update(f"export: {stage}"))
     except VerificationFailed as error:
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1

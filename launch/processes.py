@@ -5,7 +5,6 @@ and returns 1 for every failure. So signals go past it, straight to the ranks; e
 file; and whatever carries the group's mark is killed when the group ends.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -14,13 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.locate import example_configs
+from launch import process_marks
+from launch.shipped import example_configs
 from serving.directory import BadInput
 
 PARALLEL = ("ddp", "zero1", "zero2")
@@ -99,7 +98,7 @@ def run_group(argv: list[str], env: dict[str, str]) -> int:
     try:
         code = group.wait()
         if code == BAD_INPUT and group.error():
-            print(f"error: {group.error()}", file=sys.stderr)
+            print(group.error(), file=sys.stderr)
         return code
     finally:
         for number, handler in previous.items():
@@ -146,21 +145,21 @@ class Group:
 
     def members(self) -> list[int]:
         """Return the ids of the group's live processes, however deep and whoever their parent is now."""
-        return sorted(_marked(self._mark))
+        return sorted(process_marks.marked(self._mark))
 
     def ranks(self) -> list[int]:
         """Return the training processes: not the launcher above them, nor the helpers below (loaders, compilers)."""
-        return _ranks(_marked(self._mark))
+        return process_marks.ranks(process_marks.marked(self._mark))
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank, or to the command itself while it has none."""
         for pid in self.ranks():
-            _kill(pid, number)
+            process_marks.send(pid, number)
 
     def kill(self) -> None:
         """End every process of the group at once."""
         self._killed = True
-        _kill_marked(self._mark)
+        process_marks.kill_marked(self._mark)
 
     def poll(self) -> int | None:
         """Return the exit code of `trivet` for this group, None while it runs."""
@@ -209,61 +208,6 @@ def report_exit(code: int, message: str = "") -> None:
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def stop_marked(mark: str, *, patience_s: float) -> None:
-    """Ask the ranks of every group that was started with `mark` (NAME=value) in its environment to save and stop.
-
-    Kills what still lives after `patience_s`, or when interrupted meanwhile.
-    """
-    try:
-        for pid in _ranks(_marked(mark)):
-            _kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + patience_s
-        while _marked(mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        _kill_marked(mark)
-
-
-def _kill_marked(mark: str) -> None:
-    deadline = time.monotonic() + 10
-    while (pids := _marked(mark)) and time.monotonic() < deadline:
-        for pid in pids:
-            _kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def _marked(mark: str) -> dict[int, list[bytes]]:
-    """Return process id -> the environment it was started with, of live processes that have `mark` in theirs."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")  # empty for a zombie
-        except OSError:  # gone, or another user's
-            continue
-        if mark.encode() in environment:
-            found[int(folder.name)] = environment
-    return found
-
-
-def _ranks(marked: dict[int, list[bytes]]) -> list[int]:
-    """The topmost processes that a launcher gave a rank; without a launcher, the topmost of all."""
-    ranked = {pid for pid, environment in marked.items() if any(e.startswith(b"LOCAL_RANK=") for e in environment)}
-    inside = ranked or set(marked)
-    return sorted(pid for pid in inside if _parent(pid) not in inside)
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def _die_with_parent() -> None:

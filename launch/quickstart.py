@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launch import config_file, evidence
-from launch.locate import example_configs
 from launch.report import Section, write_report
+from launch.shipped import example_configs
 from trainer.config import RunConfig
 
 NUM_PROMPTS = 16

@@ -15,7 +15,7 @@ p { margin: 0 0 12px; } .soft, .note { color: var(--soft); } .note { font-size: 
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }
 .card .label { color: var(--soft); font-size: 12px; } .card .value { font-size: 20px; font-weight: 650; }
 .card .detail { color: var(--soft); font-size: 12px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 14px; margin: 14px 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 14px; margin: 14px 0; }
 figure { margin: 0; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
 svg { display: block; height: auto; } svg text { font-family: inherit !important; }
 .scroll { overflow-x: auto; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }

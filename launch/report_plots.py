@@ -27,9 +27,7 @@ STYLE = {
 Series = tuple[str, Sequence[float], Sequence[float]]
 
 
-def line_plot(
-    title: str, series: Sequence[Series], *, x: str, y: str, marked: Sequence[Series] = (), log: bool = False
-) -> str:
+def line_plot(title: str, series: Sequence[Series], *, x: str, y: str, marked: Sequence[Series] = ()) -> str:
     """Return an SVG with one line a series, and one line with markers for each of `marked`.
 
     A marked series takes the colour of the line with the same label. Empty series are left out.
@@ -48,8 +46,6 @@ def line_plot(
             colour = colours.get(label) or next(palette)
             name = f"{label} (held-out)" if label in colours else label
             axes.plot(xs, ys, color=colour, linewidth=1, linestyle="--", marker="o", markersize=4, label=name)
-    if log:
-        axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=8, frameon=False)
@@ -62,19 +58,23 @@ def scatter_plot(title: str, points: Sequence[tuple[str, float, float]], *, x: s
     for colour, (label, across, up) in zip(cycle(COLOURS), points, strict=False):
         axes.plot([across], [up], "o", color=colour, markersize=7)
         axes.annotate(label, (across, up), xytext=(6, 5), textcoords="offset points", fontsize=8, color="#334155")
-    if log_x and all(across > 0 for _, across, _ in points):
+    positions = [across for _, across, _ in points]
+    if log_x and min(positions) > 0 and max(positions) > 10 * min(positions):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_plain)
     axes.margins(0.18)
     return _svg(figure, title)
 
 
-def bar_plot(title: str, bars: Sequence[tuple[str, float]], *, y: str) -> str:
-    """Return an SVG with one bar for each (label, value), the value above it."""
-    figure, axes = _figure(title, "", y)
-    drawn = axes.bar([label for label, _ in bars], [value for _, value in bars], color=COLOURS[0], width=0.55)
-    axes.bar_label(drawn, fmt="{:,.4g}", fontsize=8, color="#334155", padding=2)
-    axes.grid(axis="x", visible=False)
-    axes.margins(y=0.15)
+def bar_plot(title: str, bars: Sequence[tuple[str, float]], *, x: str) -> str:
+    """Return an SVG with one horizontal bar for each (label, value), top down, the value at its end."""
+    figure, axes = _figure(title, x, "")
+    drawn = axes.barh(range(len(bars)), [value for _, value in bars], color=COLOURS[0], height=0.55)
+    axes.bar_label(drawn, fmt=lambda value: _plain(float(f"{value:.4g}")), fontsize=8, color="#334155", padding=3)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
     return _svg(figure, title)
 
 
@@ -88,7 +88,14 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(_plain)
+    axes.yaxis.set_major_formatter(_plain)
     return figure, axes
+
+
+def _plain(value: float, position: float = 0) -> str:
+    return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
 
 
 def _svg(figure: Any, title: str) -> str:

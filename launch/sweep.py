@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launch import config_file, processes, report, report_data
+from launch import config_file, process_marks, processes, report, report_data
 from launch.report_data import is_number
 from launch.sweep_config import SweepConfig, Trial, trials
 from serving import directory
@@ -51,12 +51,12 @@ def sweep(config: SweepConfig, config_path: Path, *, command: Callable[[Trial], 
             ended = run_trials(specs, concurrent=config.sweep.concurrent, progress=progress)
     except KeyboardInterrupt:
         print("stopping: the trials save and end; Ctrl-C again kills them", file=sys.stderr, flush=True)
-        processes.stop_marked(f"{MARK}={mark}", patience_s=STOP_PATIENCE_S)
+        process_marks.stop_marked(f"{MARK}={mark}", patience_s=STOP_PATIENCE_S)
         print(f"stopped; go on with: trivet sweep {config_path}", file=sys.stderr)
         return processes.STOPPED
     finally:
         _end_ray()
-        processes.stop_marked(f"{MARK}={mark}", patience_s=0)
+        process_marks.stop_marked(f"{MARK}={mark}", patience_s=0)
     ranking = rank(planned, ended)
     _write_result(config, ranking, seconds=time.monotonic() - started)
     return 0 if all(entry["state"] == "done" for entry in ranking) else 1

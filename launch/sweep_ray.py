@@ -51,17 +51,20 @@ def train_trial(config: dict[str, Any]) -> None:
         log_path.open("wb") as log,
         Group(spec["argv"], spec["env"], output=log, folder=folder, scratch=config["scratch"]) as group,
     ):
-        code = None
+        code, said = None, ""
         while code is None:
             time.sleep(POLL_S)
             code = group.poll()
             rows = tail.rows()
+            if not tail.started and (line := _last_line(log_path)) != said:  # it may be training its base model first
+                tune.report({"note": line})
+                said = line
             # Of the training rows the newest is enough: they may be many, and each report is a message.
             newest = [row for row in rows if row.get("kind") == "train"][-1:]
             for row in [*newest, *(row for row in rows if row.get("kind") == "eval")]:
                 tune.report({key: value for key, value in row.items() if report_data.is_number(value)})
         reason = group.error()
-    tune.report({"code": code, "reason": reason or (_last_line(log_path) if code else "")})
+    tune.report({"code": code, "reason": (reason or (_last_line(log_path) if code else "")).removeprefix("error: ")})
 
 
 class Tail:
@@ -69,6 +72,11 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self._path, self._position, self._rest = path, 0, b""
+
+    @property
+    def started(self) -> bool:
+        """Whether a row was read."""
+        return self._position > 0
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the complete rows that are new since the last call."""
@@ -108,7 +116,9 @@ class ShowProgress(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         bar = self._bars[trial.config["spec"]["name"]]
-        if "code" in result:
+        if "note" in result:
+            self._progress.update(bar, note=result["note"][:48])
+        elif "code" in result:
             self._progress.stop_task(bar)
             self._progress.update(bar, note="done" if result["code"] == 0 else "failed")
         elif "eval_loss" in result:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import processes
+from launch import process_marks, processes
 from launch.processes import Group
 from serving.directory import BadInput
 
@@ -226,11 +226,11 @@ class running:
             wait_for(lambda: not self.living(), seconds=5)
         finally:
             for pid in [self.trivet.pid, *self.living()]:
-                processes._kill(pid, signal.SIGKILL)
+                process_marks.send(pid, signal.SIGKILL)
             self.trivet.wait()
 
     def living(self):
-        return sorted(processes._marked(self.mark))
+        return sorted(process_marks.marked(self.mark))
 
 
 def group_mark(pid):

@@ -66,7 +66,7 @@ def test_whatever_a_run_says_is_text_and_not_markup(make_run):
 
 
 def test_sections_stand_above_the_runs_with_their_note_and_figures(make_run):
-    figure = report_plots.bar_plot("Decoding speed", [("trivet", 512.0), ("generate", 128.0)], y="tokens/s")
+    figure = report_plots.bar_plot("Decoding speed", [("trivet", 512.0), ("generate", 128.0)], x="tokens/s")
     section = Section("Evidence", ["check", "passed"], [["logits", "yes"]], note="fp32", figures=[figure])
     page = write_report([make_run("first")], sections=[section]).read_text()
     text = visible_text(page)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import config_file, processes, sweep
+from launch import config_file, process_marks, processes, sweep
 from launch.sweep_config import SweepConfig, trials
 from serving.directory import BadInput
 
@@ -198,7 +198,7 @@ def test_an_interrupted_sweep_lets_its_trials_save_and_leaves_no_process(driver,
     states = [json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")]
     assert states == ["stopped", "stopped"]
     assert not (tmp_path / "runs/compare/result.json").exists()
-    wait_for(lambda: not processes._marked(f"TRIVET_TEST={tmp_path}"), seconds=15)
+    wait_for(lambda: not process_marks.marked(f"TRIVET_TEST={tmp_path}"), seconds=15)
 
 
 def wait_for(condition, seconds=120.0):
