@@ -33,12 +33,16 @@ class Outcome:
 
     def claim(self, holds: bool, text: str) -> None:
         """Print a claim with its verdict; a claim that does not hold makes the quickstart exit 1."""
-        console.print(f"  {'ok  ' if holds else 'FAIL'}  {text}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"  {'ok  ' if holds else 'FAIL'}  {text}")
         if not holds:
             self.failures.append(text)
 
 
 console = Console(stderr=True)
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def quickstart(folder: Path) -> int:
@@ -57,11 +61,12 @@ def quickstart(folder: Path) -> int:
             if code := _train(outcome, config):
                 return code
     with _stage(outcome, 4, "export: to ONNX with an in-place KV cache, and the proof"):
-        _export(outcome, sft.run.folder, onnx_dir)
-    with _stage(outcome, 5, f"decoding: {NUM_PROMPTS} held-out prompts in continuous batches"):
-        _decode(outcome, sft.run.folder / "model", onnx_dir)
-    with _stage(outcome, 6, "serving: one chat question over HTTP"):
-        _serve(outcome, onnx_dir)
+        proven = _export(outcome, sft.run.folder, onnx_dir)
+    if proven:
+        with _stage(outcome, 5, f"decoding: {NUM_PROMPTS} held-out prompts in continuous batches"):
+            _decode(outcome, sft.run.folder / "model", onnx_dir)
+        with _stage(outcome, 6, "serving: one chat question over HTTP"):
+            _serve(outcome, onnx_dir)
     with _stage(outcome, 7, "report"):
         page = _report(outcome, [pretrain.run.folder, sft.run.folder])
     _say_what_next(outcome, page)
@@ -74,7 +79,7 @@ def _config(name: str, folder: Path, run: str, *overrides: str) -> RunConfig:
 
 @contextlib.contextmanager
 def _stage(outcome: Outcome, number: int, title: str) -> Iterator[None]:
-    console.print(f"[bold]\\[{number}/7] {title}[/bold]", highlight=False)
+    console.print(f"[{number}/7] {title}", style="bold", highlight=False, markup=False)
     started = time.perf_counter()
     yield
     outcome.seconds[title.partition(":")[0]] = time.perf_counter() - started
@@ -84,7 +89,7 @@ def _stage(outcome: Outcome, number: int, title: str) -> Iterator[None]:
 def _bar(title: str, total: int | None) -> Iterator[Advance]:
     """Show a progress bar; the yielded function says what comes next and moves it on by one."""
     columns = TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
 
         def advance(text: str = "") -> None:
@@ -101,10 +106,9 @@ def _show_corpus() -> None:
         for objective, what in (("causal_lm", "documents"), ("sft", "question-answer chats")):
             advance(what)
             splits = read_splits(EmbeddedData(type="embedded"), objective)
-            console.print(
+            _say(
                 f"  {len(splits.train):,} {what} to learn from, {len(splits.held_out):,} held out by module; "
-                f"fingerprint {splits.fingerprint[:12]}",
-                highlight=False,
+                f"fingerprint {splits.fingerprint[:12]}"
             )
 
 
@@ -122,7 +126,7 @@ def _train(outcome: Outcome, config: RunConfig) -> int:
     return code
 
 
-def _export(outcome: Outcome, run: Path, onnx_dir: Path) -> None:
+def _export(outcome: Outcome, run: Path, onnx_dir: Path) -> bool:
     from serving.export import VerificationFailed, export_model
 
     try:
@@ -130,15 +134,14 @@ def _export(outcome: Outcome, run: Path, onnx_dir: Path) -> None:
             record = export_model(run, onnx_dir, progress=advance)
     except VerificationFailed as error:
         outcome.claim(False, str(error))
-        return
+        return False
     outcome.sections.append(evidence.verification_section(record))
-    checks = ", ".join(record["checks"])
+    checks = ", ".join(name.replace("_", " ") for name in record["checks"])
     outcome.claim(record["passed"], f"verified on {record['provider']}: {checks}")
+    return True
 
 
 def _decode(outcome: Outcome, model_dir: Path, onnx_dir: Path) -> None:
-    if outcome.failures and not onnx_dir.is_dir():
-        return
     with _bar("decoding", None) as advance:
         found = evidence.compare_with_generate(model_dir, onnx_dir, NUM_PROMPTS, NUM_NEW_TOKENS, advance)
     outcome.sections += [found.section(), found.speed_section()]
@@ -150,17 +153,15 @@ def _decode(outcome: Outcome, model_dir: Path, onnx_dir: Path) -> None:
     )
     outcome.claim(not found.repeats, f"no answer is one token repeated {found.repeats or ''}".rstrip())
     for name, speed in found.tokens_per_s.items():
-        console.print(f"        {name}: {speed:,.0f} tokens/s", highlight=False)
+        _say(f"        {name}: {speed:,.0f} tokens/s")
 
 
 def _serve(outcome: Outcome, onnx_dir: Path) -> None:
-    if outcome.failures and not onnx_dir.is_dir():
-        return
     question = evidence.held_out_questions(1)[0]
     with _bar("serving", 3) as advance:
         answer = evidence.ask_server(onnx_dir, question, advance)
-    console.print(f"  asked: {question}", highlight=False, markup=False)
-    console.print(f"  answered: {answer.text!r}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"  asked: {question}")
+    _say(f"  answered: {answer.text!r}")
     outcome.claim(bool(answer.text.strip()), f"{answer.pieces} pieces streamed, the first after {answer.first_s:.2f} s")
     outcome.claim(answer.exit_code == 0, f"server stopped cleanly (exit code {answer.exit_code})")
     outcome.sections.append(Section("Served answer", ["question", "answer"], [[question, answer.text]]))
@@ -176,13 +177,11 @@ def _say_what_next(outcome: Outcome, page: Path) -> None:
     total = sum(outcome.seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     verdict = f"{len(outcome.failures)} claims FAILED" if outcome.failures else "every claim holds"
-    console.print(f"\n{verdict}; {total:.0f} s, peak memory {peak:.1f} GiB. Report: {page}", highlight=False)
-    console.print(
+    _say(f"\n{verdict}; {total:.0f} s, peak memory {peak:.1f} GiB. Report: {page}")
+    _say(
         "\nTry next:\n"
         f"  trivet serve {outcome.folder}/onnx                         # then open http://127.0.0.1:8000\n"
         f'  trivet generate {outcome.folder}/onnx --prompt "What does `textwrap.dedent` do?"\n'
         "  trivet train configs/sft_lora.yaml optim.lr=1e-3 run.name=slower\n"
-        "  trivet sweep configs/sweep_strategies.yaml",
-        highlight=False,
-        markup=False,
+        "  trivet sweep configs/sweep_strategies.yaml"
     )
