@@ -12,7 +12,28 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the quick brown fox returns a list of lines in every file that it has read before and after lunch".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "returns",
+    "a",
+    "list",
+    "of",
+    "lines",
+    "in",
+    "every",
+    "file",
+    "that",
+    "it",
+    "has",
+    "read",
+    "before",
+    "and",
+    "after",
+    "lunch",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,7 +80,9 @@ def data_files(tmp_path_factory, write_rows) -> dict[str, dict[str, Any]]:
             case "causal_lm":
                 return [{"text": words(2, 30)} for _ in range(count)]
             case "sft":
-                chats = [[("user", words(1, 8)), ("assistant", words(1, 12))] * random.randint(1, 2) for _ in range(count)]
+                chats = [
+                    [("user", words(1, 8)), ("assistant", words(1, 12))] * random.randint(1, 2) for _ in range(count)
+                ]
                 return [{"messages": [{"role": who, "content": text} for who, text in chat]} for chat in chats]
             case _:
                 return [{"text": words(1, 12), "label": random.choice(["noun", "verb", "other"])} for _ in range(count)]
@@ -103,7 +126,7 @@ def make_config(tmp_path, data_files, base_model):
     """Return a function that makes the config of a tiny run; `section={...}` keywords change what they name."""
     from trainer.config import RunConfig
 
-    def make(objective: str = "causal_lm", strategy: str = "scratch", **changes: dict[str, Any]) -> RunConfig:
+    def make(objective: str = "causal_lm", strategy: str = "scratch", /, **changes: dict[str, Any]) -> RunConfig:
         values: dict[str, dict[str, Any]] = {
             "run": {"name": "run", "dir": str(tmp_path), "steps": 6},
             "objective": {"type": objective},
@@ -183,7 +206,9 @@ def child(tmp_path):
 
     def run(code: str, *, timeout_s: float = 120) -> tuple[int, str]:
         script, output = tmp_path / "child.py", tmp_path / "child.txt"
-        redirect = f"import os\nos.dup2(os.open({str(output)!r}, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1); os.dup2(1, 2)\n"
+        redirect = (
+            f"import os\nos.dup2(os.open({str(output)!r}, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1); os.dup2(1, 2)\n"
+        )
         script.write_text(redirect + code)
         process = context.Process(target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"})
         process.start()
@@ -223,4 +248,3 @@ sys.exit(main([{str(tmp_path / "child.yaml")!r}]))
 """)
 
     return run
-

@@ -10,7 +10,11 @@ from trainer.packing import Example
 from trainer.sources import DataError, read_rows
 
 COLUMNS = FileData(type="files", train="data.jsonl")
-ROWS = [{"text": "a list of lines", "label": "noun"}, {"text": "returns", "label": "verb"}, {"text": "", "label": "noun"}]
+ROWS = [
+    {"text": "a list of lines", "label": "noun"},
+    {"text": "returns", "label": "verb"},
+    {"text": "", "label": "noun"},
+]
 
 
 @pytest.fixture
@@ -33,7 +37,9 @@ def test_examples_are_the_tokens_and_the_number_of_the_label(objective, tokenize
 
 def test_a_held_out_label_that_training_never_saw_is_refused(objective, tokenizer, tmp_path, write_rows):
     [row] = read_rows(write_rows(tmp_path / "a.jsonl", [{"text": "x", "label": "article"}]))
-    with pytest.raises(DataError, match=rf"data\.label: {row.place}: 'article' is in no training row; known: noun, verb"):
+    with pytest.raises(
+        DataError, match=rf"data\.label: {row.place}: 'article' is in no training row; known: noun, verb"
+    ):
         objective.encode([row], tokenizer, 64)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from trainer import corpus
 
-SHARED = "Read the whole file at once\nand return   its LINES."
+SHARED = "read the whole file at once and return one list of its lines  without their ends."
 MODULES = 60
 
 
@@ -21,8 +21,8 @@ def tree(tmp_path_factory) -> Path:
         (root / name).write_text(text, encoding=encoding)
 
     for i in range(MODULES):
-        # The same words, with other white space and case, so that only a comparison that ignores both finds them.
-        shared = SHARED if i % 2 else SHARED.upper().replace("\n", " ")
+        # The same words, but each time with other white space and case.
+        shared = SHARED[:i].upper() + SHARED[i:].replace("  ", "   " if i % 2 else "\n    ")
         add(f"module_{i:02}.py", f'"""Module number {i}."""\n\n\ndef read_{i}():\n    """{shared}\n    """\n')
     add("package/__init__.py", '"""A package of things."""\n')
     add("latin.py", '# -*- coding: latin-1 -*-\n"""Written in Zürich."""\n', "latin-1")
@@ -36,7 +36,9 @@ def tree(tmp_path_factory) -> Path:
 
 
 def test_nothing_is_imported_or_run(tmp_path):
-    trap = f'"""A trap."""\nopen({str(tmp_path / "sprung")!r}, "w").close()\nraise SystemExit("the corpus ran a module")\n'
+    trap = (
+        f'"""A trap."""\nopen({str(tmp_path / "sprung")!r}, "w").close()\nraise SystemExit("the corpus ran a module")\n'
+    )
     (tmp_path / "trap.py").write_text(trap)
     modules = set(sys.modules)
     assert [item.docstring for item in corpus.read_items(tmp_path)] == ["A trap."]

@@ -42,7 +42,9 @@ def test_every_example_stands_in_one_row_and_no_row_is_overfull(seed):
 def test_packing_is_deterministic():
     lengths = [7, 3, 3, 9, 1, 12, 7]
     first, second = (pack(examples_of(lengths), 12) for _ in range(2))
-    assert [[e.input_ids.tolist() for e in row] for row in first] == [[e.input_ids.tolist() for e in row] for row in second]
+    assert [[e.input_ids.tolist() for e in row] for row in first] == [
+        [e.input_ids.tolist() for e in row] for row in second
+    ]
 
 
 def test_best_fit_on_a_case_worked_by_hand():

@@ -95,10 +95,16 @@ def test_text_after_the_end_token_carries_no_loss(objective, with_template):
             "{% if add_generation_prompt %}Answer:{% endif %}",
             "not prefix-preserving",
         ),
+        # Forgets what the assistant said before its last turn.
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
+            "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            "not prefix-preserving",
+        ),
         ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "does not end a turn with '<|end|>'"),
         (None, "no chat template"),
     ],
-    ids=["counts turns", "other generation prompt", "no end token", "no template"],
+    ids=["counts turns", "other generation prompt", "forgets", "no end token", "no template"],
 )
 def test_a_template_that_would_be_masked_wrongly_is_refused(objective, with_template, template, said):
     with pytest.raises(BadInput) as caught:

@@ -1,0 +1,61 @@
+"""Rows to batches: every rank's part, and nothing twice."""
+
+import pytest
+
+from trainer import build
+from trainer.feed import Feed
+
+
+@pytest.fixture
+def feed_of(make_config):
+    """Return a function that makes the feed of one rank of a tiny sft run."""
+    config = make_config(
+        "sft", "full", batch={"rows": 12, "micro_rows": 2, "max_length": 24}, evaluation={"max_rows": 7}
+    )
+    whole = build.build(config).feed
+
+    def make(rank: int, world_size: int) -> Feed:
+        rows = {"train": whole.train, "held_out": whole.held_out}
+        return Feed(config, whole.objective, **rows, pad_id=0, rank=rank, world_size=world_size)
+
+    return make
+
+
+def documents(batches) -> list[list[int]]:
+    """The token ids of every document in the batches, in order: positions start at 0 with each."""
+    found = []
+    for batch in batches:
+        visible = batch["attention_mask"][:, 0].diagonal(dim1=-2, dim2=-1)
+        assert visible.all()
+        for ids, positions, targets in zip(batch["input_ids"], batch["position_ids"], batch["targets"], strict=True):
+            for token, position, _ in zip(ids.tolist(), positions.tolist(), targets.tolist(), strict=True):
+                if position == 0:
+                    found.append([])
+                found[-1].append(token)
+    return [document for document in found if document != [0]]  # padding is id 0 at position 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_ranks_read_together_what_one_process_reads(feed_of, world_size):
+    alone = feed_of(0, 1)
+    ranks = [feed_of(rank, world_size) for rank in range(world_size)]
+    for step in (0, 5):
+        together = [batch for feed in ranks for batch in feed.micro_batches(step)]
+        assert documents(together) == documents(alone.micro_batches(step))
+        assert {len(feed.micro_batches(step)) for feed in ranks} == {12 // world_size // 2}
+        tokens = sum(len(document) for document in documents(together))
+        assert {feed.tokens_at(step) for feed in [alone, *ranks]} == {tokens}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_ranks_evaluate_together_what_one_process_evaluates(feed_of, world_size):
+    alone = documents(feed_of(0, 1).evaluation())
+    together = [documents(feed_of(rank, world_size).evaluation()) for rank in range(world_size)]
+    assert sorted(document for part in together for document in part) == sorted(alone)
+    assert alone
+
+
+def test_more_ranks_than_held_out_batches_leaves_some_ranks_nothing(feed_of):
+    feed = feed_of(5, 6)
+    feed.held_out = feed.held_out[:2]
+    assert feed.evaluation() == []
