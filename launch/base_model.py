@@ -2,11 +2,10 @@
 
 import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from launch import config_file
+from launch import config_file, processes
 from launch.config_file import ConfigError
 from trainer.config import PretrainedModel, RunConfig
 
@@ -15,14 +14,15 @@ _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_"
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 
-def ensure_base_model(config: RunConfig) -> None:
-    """Train `model.made_by` if `model.path` is absent. Ranks and parallel trials wait for whoever does it first.
+def ensure_base_model(config: RunConfig) -> int:
+    """Train `model.made_by` if `model.path` is absent; return its exit code: 0 when the model is there.
 
+    Ranks and parallel trials wait for whoever does it first. Signals go to that training, which saves and stops (75).
     Raises ConfigError if the path is absent and nothing makes it, or if `made_by` makes another folder.
     """
     model = config.model
     if not isinstance(model, PretrainedModel) or Path(model.path).is_dir() or model.made_by is None:
-        return
+        return 0
     base = config_file.load(model.made_by, [], RunConfig)
     made = base.run.folder / "model"
     if made.resolve() != Path(model.path).resolve():
@@ -33,16 +33,10 @@ def ensure_base_model(config: RunConfig) -> None:
     with (base.run.dir / f".{base.run.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if Path(model.path).is_dir():
-            return
+            return 0
         print(f"{model.path} is not there yet: training {model.made_by} first", file=sys.stderr, flush=True)
-        code = subprocess.run([sys.executable, "-m", "launch.train", str(model.made_by)], env=_own_world()).returncode
-    if code != 0:
-        raise ConfigError(f"model.made_by: training {model.made_by} ended with code {code}; run it alone to see why")
+        return processes.run_group(processes.train_command(model.made_by, []), _without_the_launcher())
 
 
-def _own_world() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_NAMES
-    }
+def _without_the_launcher() -> dict[str, None]:
+    return dict.fromkeys(name for name in os.environ if name.startswith(_LAUNCHER_PREFIXES) or name in _LAUNCHER_NAMES)

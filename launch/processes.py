@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -75,8 +76,10 @@ def show_command(argv: list[str], env: dict[str, str]) -> str:
 # --- the group -------------------------------------------------------------------------------------------------------
 
 
-def run_group(argv: list[str], env: dict[str, str]) -> int:
+def run_group(argv: list[str], env: Mapping[str, str | None]) -> int:
     """Run the command in a group of its own until it ends; return the exit code of `trivet` for it.
+
+    `env` is added to this process's environment; a None takes a variable away.
 
     SIGTERM, SIGUSR1 and Ctrl-C are passed on to every rank, which saves and stops (75). A second Ctrl-C kills the
     group (130). What a rank reported as bad input is printed once more, below the launcher's own traceback. Only the
@@ -116,7 +119,7 @@ class Group:
     def __init__(
         self,
         argv: list[str],
-        env: dict[str, str],
+        env: Mapping[str, str | None],
         *,
         output: IO[bytes] | None = None,
         folder: Path | None = None,
@@ -126,9 +129,10 @@ class Group:
         self._exits = tempfile.TemporaryDirectory(prefix="trivet-exit-", dir=scratch)
         self._killed = False
         marks = {GROUP_MARK: self._mark.partition("=")[2], EXIT_FOLDER: self._exits.name}
+        changed = {**os.environ, **env, **marks}
         self._leader = subprocess.Popen(
             argv,
-            env={**os.environ, **env, **marks},
+            env={name: value for name, value in changed.items() if value is not None},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -44,7 +44,8 @@ def train(config: RunConfig) -> int:
         return 0
     from launch.base_model import ensure_base_model
 
-    ensure_base_model(config)
+    if code := ensure_base_model(config):
+        return code
     from trainer import loop, run_folder
 
     try:
