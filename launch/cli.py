@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -23,13 +23,31 @@ OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A direct
 Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
 
 
+# Which extra brings what a command could not import.
+EXTRA_OF = {
+    **dict.fromkeys(["torch", "transformers", "accelerate", "peft", "matplotlib", "tensorboard", "onnx"], "train"),
+    **dict.fromkeys(["onnxruntime", "tokenizers", "fastapi", "uvicorn", "prometheus_client", "jinja2"], "serve-cpu"),
+    "ray": "sweep",
+    "openai": "dev",
+}
+
+
 def main() -> None:
-    """Run the command line. Bad input is one line on stderr and exit code 2."""
+    """Run the command line. Bad input, a missing extra too, is one line on stderr and exit code 2."""
     try:
         app()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        fix = f"pip install 'trivet[{EXTRA_OF[error.name]}]'"
+        _refuse(f"{error.name} is not installed, and this command needs it: {fix}")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @app.command()
