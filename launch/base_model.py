@@ -3,11 +3,14 @@
 import fcntl
 import os
 import sys
+import time
 from pathlib import Path
+from typing import IO
 
 from launch import config_file, processes
 from launch.config_file import ConfigError
 from trainer.config import PretrainedModel, RunConfig
+from trainer.guards import StopRequest
 
 # Variables by which a launcher tells a process its place; the base model is made by one process outside that world.
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
@@ -31,11 +34,24 @@ def ensure_base_model(config: RunConfig) -> int:
         )
     base.run.dir.mkdir(parents=True, exist_ok=True)
     with (base.run.dir / f".{base.run.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _wait_for(lock):
+            return processes.STOPPED
         if Path(model.path).is_dir():
             return 0
         print(f"{model.path} is not there yet: training {model.made_by} first", file=sys.stderr, flush=True)
         return processes.run_group(processes.train_command(model.made_by, []), _without_the_launcher())
+
+
+def _wait_for(lock: IO[str]) -> bool:
+    """Take the lock; return False if a stop signal came first."""
+    with StopRequest() as stop:
+        while not stop.signal_name:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.2)
+    return False
 
 
 def _without_the_launcher() -> dict[str, None]:

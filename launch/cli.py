@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from serving.directory import BadInput
+from trainer.guards import RunFailed
 
 app = typer.Typer(
     help="From raw text to a served model: train, export to ONNX with proof, serve with continuous batching.",
@@ -38,6 +39,9 @@ def main() -> None:
         app()
     except BadInput as error:
         _refuse(str(error))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
@@ -69,7 +73,8 @@ def train(
         from launch import config_file
         from trainer.config import RunConfig
 
-        return one_run.dry_run(config_file.load(config, arguments, RunConfig))
+        processes.check_parallel(parallel or "ddp")
+        return one_run.dry_run(config_file.load(config, arguments, RunConfig), nproc=nproc)
     if nproc == 1 and parallel is None:
         raise typer.Exit(one_run.main([str(config), *arguments]))
     argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=parallel or "ddp")

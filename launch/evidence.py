@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from launch.export import check_rows
 from launch.report import Section
+from launch.report_plots import bar_plot
 from serving.engine import NEAR_TIE, Engine
 from serving.request import Sampling
 from serving.text import Text
@@ -31,6 +33,7 @@ class Comparison:
     """Engine against `generate` on the same prompts: which tokens, how fast."""
 
     rows: list[list[str]] = field(default_factory=list)
+    num_equal: int = 0
     mismatches: list[str] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     near_ties: int = 0
@@ -43,8 +46,9 @@ class Comparison:
 
     def speed_section(self) -> Section:
         rows = [[name, f"{speed:,.0f}"] for name, speed in self.tokens_per_s.items()]
+        figure = bar_plot("Decoding speed", list(self.tokens_per_s.items()), x="new tokens/s")
         return Section("Decoding speed, this machine, this run", ["system", "new tokens/s"], rows,
-                       "Prompts included; one timed pass after one to warm up.")  # fmt: skip
+                       "Prompts included; one timed pass after one to warm up.", [figure])  # fmt: skip
 
 
 def compare_with_generate(
@@ -87,6 +91,7 @@ def compare_with_generate(
             "yes" if output == expected else "NO",
         ]
         found.rows.append(shown)
+        found.num_equal += output == expected
     return found
 
 
@@ -121,6 +126,7 @@ def held_out_prompts(text: Text, count: int) -> list[list[int]]:
     documents = corpus.split(corpus.documents(corpus.read_items()))[1]
     long_enough = [row["text"] for row in documents if len(row["text"]) > max(_CODE_PROMPT_CHARS)]
     chats = [text.chat([{"role": "user", "content": question}]) for question in questions]
+    assert len(long_enough) >= len(_CODE_PROMPT_CHARS), "the held-out part has too few long documents"
     pairs = zip(_CODE_PROMPT_CHARS, long_enough, strict=False)
     return chats + [text.encode(document[:length]) for length, document in pairs]
 
@@ -148,6 +154,8 @@ def ask_server(onnx_dir: Path, question: str, advance: Advance) -> ServedAnswer:
     advance("starting")
     command = [sys.executable, "-m", "launch.cli", "serve", str(onnx_dir), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    too_late = threading.Timer(START_TIMEOUT_S, server.kill)
+    too_late.start()
     try:
         client = OpenAI(base_url=f"{_url(server)}/v1", api_key="none", max_retries=0, timeout=START_TIMEOUT_S)
         advance("asking")
@@ -168,6 +176,7 @@ def ask_server(onnx_dir: Path, question: str, advance: Advance) -> ServedAnswer:
         server.communicate(timeout=START_TIMEOUT_S)
         return ServedAnswer("".join(pieces), len(pieces), first_s, server.returncode)
     finally:
+        too_late.cancel()
         server.kill()
         server.wait()
 

@@ -47,8 +47,7 @@ def accelerate_command(
 
     Raises BadInput for a mode that is not in PARALLEL, or more processes than GPUs on a machine that has some.
     """
-    if parallel not in PARALLEL:
-        raise BadInput(f"--parallel: {parallel!r} found; accepted: {', '.join(PARALLEL)}")
+    check_parallel(parallel)
     num_gpus = _num_gpus()
     if nproc < 1 or (num_gpus and nproc > num_gpus):
         accepted = f"1 to {num_gpus}, the GPUs of this machine" if num_gpus else "1 or more"
@@ -61,6 +60,12 @@ def accelerate_command(
         if not parallel.startswith("zero"):  # under DeepSpeed this one would start one process only
             env["ACCELERATE_USE_CPU"] = "true"
     return [sys.executable, *launcher, *world, str(config_path), *overrides], env
+
+
+def check_parallel(parallel: str) -> None:
+    """Raise BadInput for a mode that is not in PARALLEL."""
+    if parallel not in PARALLEL:
+        raise BadInput(f"--parallel: {parallel!r} found; accepted: {', '.join(PARALLEL)}")
 
 
 def accelerate_config(name: str) -> Path:

@@ -147,9 +147,9 @@ def _decode(outcome: Outcome, model_dir: Path, onnx_dir: Path) -> None:
     outcome.sections += [found.section(), found.speed_section()]
     ties = f"near ties excused: {found.near_ties}"
     outcome.claim(
-        not found.mismatches,
-        f"{len(found.rows) - len(found.mismatches)} of {NUM_PROMPTS} prompts give the same {NUM_NEW_TOKENS} tokens as "
-        f"transformers' generate ({'; '.join([*found.mismatches, ties])})",
+        not found.mismatches and len(found.rows) == NUM_PROMPTS,
+        f"{found.num_equal} of {NUM_PROMPTS} prompts give the same {NUM_NEW_TOKENS} tokens as transformers' generate "
+        f"({'; '.join([*found.mismatches, ties])})",
     )
     outcome.claim(not found.repeats, f"no answer is one token repeated {found.repeats or ''}".rstrip())
     for name, speed in found.tokens_per_s.items():
@@ -175,7 +175,7 @@ def _report(outcome: Outcome, runs: list[Path]) -> Path:
 
 def _say_what_next(outcome: Outcome, page: Path) -> None:
     total = sum(outcome.seconds.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     verdict = f"{len(outcome.failures)} claims FAILED" if outcome.failures else "every claim holds"
     _say(f"\n{verdict}; {total:.0f} s, peak memory {peak:.1f} GiB. Report: {page}")
     _say(

@@ -59,7 +59,7 @@ def scatter_plot(title: str, points: Sequence[tuple[str, float, float]], *, x: s
         axes.plot([across], [up], "o", color=colour, markersize=7)
         axes.annotate(label, (across, up), xytext=(6, 5), textcoords="offset points", fontsize=8, color="#334155")
     positions = [across for _, across, _ in points]
-    if log_x and min(positions) > 0 and max(positions) > 10 * min(positions):
+    if log_x and positions and min(positions) > 0 and max(positions) > 10 * min(positions):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(_plain)
     axes.margins(0.18)

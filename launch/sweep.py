@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launch import config_file, process_marks, processes, report, report_data
+from launch import train as one_run
 from launch.report_data import is_number
 from launch.sweep_config import SweepConfig, Trial, trials
 from serving import directory
@@ -41,8 +42,13 @@ def sweep(config: SweepConfig, config_path: Path, *, command: Callable[[Trial], 
     """
     run_trials = _import_ray()
     planned = trials(config)
-    (config.folder / "trials").mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+    for trial in planned:
+        one_run.is_finished(trial.config)  # refuses a folder that holds a different run
+    try:
+        (config.folder / "trials").mkdir(parents=True, exist_ok=True)
+        (config.folder / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"sweep.dir: {config.folder} cannot be written ({error.strerror}); choose another") from None
     mark = uuid.uuid4().hex
     specs = [_spec(trial, config, mark, command or train_command) for trial in planned]
     started = time.monotonic()

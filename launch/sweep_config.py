@@ -87,6 +87,9 @@ def trials(config: SweepConfig) -> list[Trial]:
             except BadInput as error:
                 raise BadInput(f"strategies.{entry}: {error}") from None
             found.append(Trial(name, config.base, overrides, place, run))
+    names = [trial.name for trial in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadInput(f"strategies: two trials would be called {', '.join(twice)}; rename one entry")
     return found
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from launch import config_file, processes
 from launch.config_file import ConfigError
-from serving.directory import BadInput
+from serving.directory import MANIFEST, BadInput
 from trainer.config import PretrainedModel, RunConfig
 from trainer.guards import RunFailed
 
-# Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed.
+# Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
+# number of steps is among them so that a run can be made longer, which is said: a schedule then follows the new length.
 _FREE_ON_RESUME = ("run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "model.made_by", "run.dir")
 
 
@@ -60,16 +61,21 @@ def train(config: RunConfig) -> int:
         raise
 
 
-def dry_run(config: RunConfig) -> None:
-    """Check and build everything a run needs and say what it would do; nothing is written and nothing trained."""
+def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
+    """Check and build everything a run needs and say what it would do; nothing is written and nothing trained.
+
+    Builds it in one process; that the batch can be shared by `nproc` is checked too.
+    """
     finished = is_finished(config)
     model = config.model
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
         print(f"{model.path} is not there yet: a run would first train {model.made_by}, checked here instead")
-        dry_run(config_file.load(model.made_by, [], RunConfig))
+        dry_run(config_file.load(model.made_by, [], RunConfig), nproc=nproc)
         return
     from trainer.build import build
+    from trainer.feed import micro_rows
 
+    micro_rows(config, nproc)
     feed = build(config).feed
     tokens = sum(feed.tokens_at(step) for step in range(config.run.steps))
     epochs = config.run.steps * config.batch.rows / len(feed.train)
@@ -86,18 +92,28 @@ def is_finished(config: RunConfig) -> bool:
     saved = config.run.folder / "config.yaml"
     if not saved.exists():
         return False
-    changed = [
-        key
-        for key in config_file.differences(config_file.load(saved, [], RunConfig), config)
-        if not key.startswith(_FREE_ON_RESUME)
-    ]
+    earlier = config_file.load(saved, [], RunConfig)
+    different = config_file.differences(earlier, config)
+    changed = [key for key in different if not key.startswith(_FREE_ON_RESUME)]
     if changed:
         raise ConfigError(
             f"run.name: {config.run.folder} holds a different run ({', '.join(changed)} differ); "
             f"choose another run.name, or remove that folder"
         )
     status = read_status(config.run.folder)
-    return status is not None and status["state"] == "done" and status["step"] >= config.run.steps
+    if status is None:
+        return False
+    if status["step"] > config.run.steps:
+        raise ConfigError(f"run.steps: {config.run.steps} found, but the run stands at step {status['step']}; raise it")
+    if "run.steps" in different and config.optim.schedule != "constant" and _rank() == 0:
+        print(
+            f"run.steps was {earlier.run.steps} and is {config.run.steps}: the {config.optim.schedule} schedule of the "
+            f"steps to come follows the new length, so this is not the run that {config.run.steps} steps at once give",
+            file=sys.stderr,
+        )
+    products = [config.run.folder / "model" / MANIFEST, config.run.folder / "result.json"]
+    is_done = status["state"] == "done" and status["step"] >= config.run.steps
+    return is_done and all(path.is_file() for path in products)
 
 
 def _end(code: int, message: str = "") -> int:

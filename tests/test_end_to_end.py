@@ -54,6 +54,39 @@ def test_a_dry_run_builds_everything_and_writes_nothing(work, trivet):
     assert not (work / "runs" / "dry").exists()
 
 
+def test_a_dry_run_knows_the_number_of_processes(work, trivet):
+    code, _, err = trivet("train", "tiny.yaml", "--dry-run", "--nproc", "3", "run.name=dry")
+    assert code == 2
+    assert "batch.rows: 2 rows cannot be shared by 3 processes" in err
+
+
+def test_a_finished_run_whose_model_was_lost_is_finished_again(work, onnx_dir, trivet):
+    shutil.copytree(work / "runs" / "tiny", work / "runs" / "lost")
+    model = work / "runs" / "lost" / "model"
+    shutil.rmtree(model)
+    saved = work / "runs" / "lost" / "config.yaml"
+    saved.write_text(saved.read_text().replace("name: tiny", "name: lost"))
+    assert trivet("train", "tiny.yaml", "run.name=lost")[0] == 0
+    assert (model / "model.safetensors").read_bytes() == (
+        work / "runs" / "tiny" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_fewer_steps_than_were_taken_are_refused(onnx_dir, trivet):
+    code, _, err = trivet("train", "tiny.yaml", "run.steps=4")
+    assert code == 2
+    assert "run.steps: 4 found, but the run stands at step 8" in err
+
+
+def test_a_longer_run_says_that_its_schedule_changes(work, onnx_dir, trivet):
+    shutil.copytree(work / "runs" / "tiny", work / "runs" / "longer")
+    saved = work / "runs" / "longer" / "config.yaml"
+    saved.write_text(saved.read_text().replace("name: tiny", "name: longer"))
+    code, _, err = trivet("train", "tiny.yaml", "run.name=longer", "run.steps=10")
+    assert code == 0
+    assert "run.steps was 8 and is 10: the cosine schedule" in err
+
+
 def test_the_run_folder_holds_what_the_design_says(work, onnx_dir):
     run = work / "runs" / "tiny"
     assert {"config.yaml", "status.json", "metrics.jsonl", "checkpoints", "model", "result.json"} <= {

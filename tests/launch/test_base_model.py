@@ -1,5 +1,9 @@
 """A base model that another config makes is made when it is missing, once, outside the launcher's world."""
 
+import fcntl
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,14 @@ def test_it_is_trained_first_by_one_process_that_knows_no_rank(tuned, on_path, m
 def test_its_exit_code_is_passed_on(tuned, monkeypatch):
     monkeypatch.setattr(base_model.processes, "run_group", lambda *_: 75)
     assert ensure_base_model(load(tuned, [], RunConfig)) == 75
+
+
+def test_a_stop_while_another_process_makes_it_ends_the_wait(tuned, monkeypatch):
+    monkeypatch.setattr(base_model.processes, "run_group", lambda *_: pytest.fail("it did not wait"))
+    with (tuned.parent / ".base.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert ensure_base_model(load(tuned, [], RunConfig)) == 75
 
 
 def test_a_config_that_makes_another_folder_is_refused(tuned):

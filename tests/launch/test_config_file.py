@@ -62,6 +62,7 @@ def test_a_bad_value_is_one_line_that_says_what_is_accepted(config, overrides, m
         ("run: {name: a, steps: 1}\nrun: {name: b, steps: 1}", "the key 'run' stands there twice"),
         ("- a\n- b", "holds list; expected sections"),
         ("", "holds NoneType; expected sections"),
+        ("[" * 100_000, "nested too deep"),
     ],
 )
 def test_a_broken_file_says_where(tmp_path, text, message):
@@ -88,6 +89,12 @@ def test_the_saved_form_loads_to_the_same_config_from_elsewhere(tmp_path):
     again = config_file.load(saved, [], RunConfig)
     assert again == original
     assert again.model.made_by == ROOT / "configs" / "pretrain_tiny.yaml"
+
+
+def test_yaml_merge_keys_work(tmp_path, config):
+    path = tmp_path / "merged.yaml"
+    path.write_text(GOOD.replace("run: {", "x: &x {steps: 9}\nrun: {<<: *x, ").replace("steps: 5", "seed: 1"))
+    assert config_file.read_yaml(path)["run"] == {"name": "a", "seed": 1, "steps": 9}
 
 
 def test_differences_name_the_dotted_keys(config):

@@ -206,3 +206,11 @@ def wait_for(condition, seconds=120.0):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
+
+
+def test_two_trials_of_one_name_are_refused(sweep_file):
+    text = sweep_file.read_text()
+    assert "  lora:" in text
+    sweep_file.write_text(text.replace("  lora:", "  full-1:"))
+    with pytest.raises(BadInput, match="strategies: two trials would be called full-1"):
+        trials(load(sweep_file))
