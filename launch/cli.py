@@ -117,10 +117,9 @@ def export(
 @app.command()
 def verify(onnx_dir: OnnxArgument, provider: Provider = "cpu") -> None:
     """Prove an ONNX directory again, on this machine and provider, without torch."""
-    from launch.export import print_record
-    from serving.verify import verify
+    from launch.export import verify_again
 
-    print_record(onnx_dir, verify(onnx_dir, provider))
+    raise typer.Exit(verify_again(onnx_dir, provider))
 
 
 @app.command()
@@ -143,7 +142,10 @@ def generate(
     from serving.request import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    generate(onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider)
+    code = generate(
+        onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

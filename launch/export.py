@@ -1,27 +1,54 @@
-"""`trivet export`, and how a verification record is shown."""
+"""`trivet export` and `trivet verify`, and how a verification record is shown."""
 
+import signal
+import sys
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
-from serving.verify import VerificationFailed
+from serving.verify import VerificationFailed, verify
 
 
 def export(model: Path, onnx_dir: Path) -> int:
-    """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then)."""
+    """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
+
+    SIGTERM ends it as Ctrl-C does: with nothing half-written.
+    """
     from serving.export import export_model
 
     console = Console(stderr=True)
+    former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with console.status("export") as status:
             record = export_model(model, onnx_dir, progress=lambda stage: status.update(f"export: {stage}"))
     except VerificationFailed as error:
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 1
+        return _failed(error)
+    finally:
+        signal.signal(signal.SIGTERM, former)
     print_record(onnx_dir, record)
     return 0
+
+
+def verify_again(onnx_dir: Path, provider: str) -> int:
+    """Prove an ONNX directory again; return 0, or 1 when the proof failed."""
+    try:
+        record = verify(onnx_dir, provider)
+    except VerificationFailed as error:
+        return _failed(error)
+    print_record(onnx_dir, record)
+    return 0
+
+
+def _failed(error: VerificationFailed) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def print_record(onnx_dir: Path, record: dict[str, Any]) -> None:

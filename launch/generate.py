@@ -1,9 +1,12 @@
 """`trivet generate` and the key file of `trivet serve`."""
 
+import contextlib
+import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import Progress
@@ -25,15 +28,29 @@ def generate(
     prompts_are_plain: bool,
     slots: int,
     provider: str,
-) -> None:
-    """Answer one prompt (its text to standard output) or the rows of a file (JSONL rows, in order)."""
+) -> int:
+    """Answer one prompt (its text to standard output) or the rows of a file (JSONL rows, in order).
+
+    Returns 0, or 1 when the model failed on a row, which then has an `error` for its text.
+    """
     if (prompt is None) == (input is None):
         raise BadInput("--prompt, --input: give exactly one of them")
-    if output is not None and not output.parent.is_dir():
-        raise BadInput(f"--output: {output.parent}: no such folder; make it first")
     rows = [{"prompt": prompt}] if input is None else batch.read_rows(input)
-    engine = Engine.open(onnx_dir, provider=provider, slots=slots)
-    text = Text.open(onnx_dir)
+    with _writing(output) as file:
+        engine = Engine.open(onnx_dir, provider=provider, slots=slots)
+        answers = _answer(engine, Text.open(onnx_dir), rows, sampling, prompts_are_plain=prompts_are_plain)
+        failed = [answer for answer in answers if "error" in answer]
+        for answer in answers:
+            is_text = input is None and "error" not in answer
+            file.write((answer["text"] if is_text else json.dumps(answer, ensure_ascii=False)) + "\n")
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} rows failed: {failed[0]['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _answer(
+    engine: Engine, text: Text, rows: list[batch.Row], sampling: Sampling, *, prompts_are_plain: bool
+) -> list[batch.Row]:
     is_chat_model = engine.manifest["source"].get("objective") == "sft" and text.has_chat_template
     with Progress(console=Console(stderr=True), transient=True, disable=len(rows) == 1) as progress:
         task = progress.add_task("rows", total=len(rows))
@@ -42,18 +59,35 @@ def generate(
             prompts_are_chats=is_chat_model and not prompts_are_plain,
             on_finish=lambda finished: progress.update(task, completed=finished),
         )  # fmt: skip
-        lines = [answer if input is not None else answer["text"] for answer in answers]
-    _write(lines, output)
+        return list(answers)
 
 
-def _write(lines: list[Any], output: Path | None) -> None:
-    whole = "".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in lines)
+@contextlib.contextmanager
+def _writing(output: Path | None) -> Iterator[TextIO]:
+    """Yield standard output, or a file that becomes `output` when the block ends well and is removed otherwise.
+
+    What cannot be encoded, half a surrogate pair in a row's id, is written as its escape.
+    Raises BadInput, before the block, when `output` cannot be written.
+    """
     if output is None:
-        sys.stdout.write(whole)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        yield sys.stdout
         return
+    if output.is_dir():
+        raise BadInput(f"--output: {output} is a folder; give a file")
     partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(whole, encoding="utf-8")
-    partial.replace(output)
+    try:
+        file = partial.open("w", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise BadInput(f"--output: {output} cannot be written ({error.strerror}); choose another place") from None
+    try:
+        with file:
+            yield file
+        partial.replace(output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_keys(path: Path | None) -> list[str] | None:

@@ -20,7 +20,7 @@ class RowError(BadInput):
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a JSONL file, each with `prompt` or `messages`. Raises RowError naming the first bad line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line separators as they are
     except (OSError, UnicodeDecodeError) as error:
         raise RowError(f"--input: {path} cannot be read ({error}); expected a UTF-8 JSONL file") from None
     rows = [_parse(line, f"--input: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -49,8 +49,8 @@ def generate(
 ) -> Iterator[Row]:
     """Decode all rows in continuous batches; yield `{id, text, finish_reason, ..._tokens}` in the order of the rows.
 
-    `on_finish` is called with the number of finished rows whenever that grows. Raises RowError before any decoding if
-    a row cannot run, and RuntimeError if the model failed on one.
+    `on_finish` is called with the number of finished rows whenever that grows. A row that the model failed on becomes
+    `{id, error}`. Raises RowError before any decoding if a row cannot run.
     """
     requests = []
     for number, row in enumerate(rows, 1):
@@ -62,10 +62,12 @@ def generate(
         requests.append(request)
     _run(engine, requests, on_finish or (lambda finished: None))
     for row, request in zip(rows, requests, strict=True):
+        row_id = row.get("id", request.id)
         if request.error:
-            raise RuntimeError(f"row {request.id}: {request.error}")
+            yield {"id": row_id, "error": request.error}
+            continue
         yield {
-            "id": row.get("id", request.id),
+            "id": row_id,
             "text": text.decode(request.output_ids),
             "finish_reason": request.finish_reason,
             "prompt_tokens": len(request.prompt_ids),
@@ -92,10 +94,22 @@ def _run(engine: Engine, requests: list[Request], on_finish: Callable[[int], Non
 def _parse(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{where}: not JSON ({error}); mend or remove the line") from None
     if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
         raise RowError(f"{where}: has neither `prompt` nor `messages`; add one")
-    if "messages" not in row and not isinstance(row["prompt"], str):
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+    elif not isinstance(row["prompt"], str):
         raise RowError(f"{where}: `prompt` is a {type(row['prompt']).__name__}; expected text")
     return row
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise RowError(f"{where}: `messages` must be a list of objects with `role` and `content`")
+    for message in messages:
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = type(message[key]).__name__ if key in message else "missing"
+                raise RowError(f"{where}: a message's `{key}` is {found}; expected text")

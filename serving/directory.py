@@ -7,6 +7,8 @@ no reader ever sees half of one and a crash never costs the previous one.
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -41,18 +43,18 @@ def staged(final: Path) -> Iterator[Path]:
     """Yield an empty folder beside `final`; when the block ends well, make it durable and rename it to `final`.
 
     An older `final` is replaced in one atomic exchange. When the block raises, the folder is removed and `final` is
-    left as it was.
+    left as it was; a folder that a killed process left behind is removed by the next call.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
-    folder.mkdir()
+    folder, lock = _make_partial(final)
     try:
         yield folder
         publish(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -61,7 +63,7 @@ def publish(folder: Path, final: Path) -> None:
         _fsync(path)
     if final.exists():
         _exchange(folder, final)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # the new one is there; what is left of the old, the next one removes
     else:
         folder.rename(final)
     _fsync(final.parent)
@@ -69,9 +71,14 @@ def publish(folder: Path, final: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at `path` with `value` as JSON, atomically and durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` with `text` in UTF-8, atomically and durably."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         _fsync(partial)
         partial.replace(path)
     except BaseException:
@@ -120,8 +127,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Hash every file that the manifest lists; raise DirectoryError naming the first that is missing or altered."""
-    for name, expected in manifest["files"].items():
+    """Hash every file that the manifest lists.
+
+    Raises DirectoryError naming the first that is missing or altered, or a file that the manifest does not list.
+    """
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise DirectoryError(f"{folder / MANIFEST}: lists no files; make the directory again")
+    for name, expected in listed.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
             raise DirectoryError(f"{folder}: {name} points outside the directory; refused")
@@ -129,6 +142,10 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise DirectoryError(f"{path}: missing, though {MANIFEST} lists it; make the directory again")
         if sha256(path) != expected:
             raise DirectoryError(f"{path}: altered since it was written (sha256 differs); make the directory again")
+    for path in sorted(folder.rglob("*")):
+        is_ours = path.name in (MANIFEST, VERIFICATION) or (path.name[0] == "." and path.suffix == ".partial")
+        if (path.is_symlink() or path.is_file()) and not is_ours and path.relative_to(folder).as_posix() not in listed:
+            raise DirectoryError(f"{path}: {MANIFEST} does not list it; remove it, or make the directory again")
 
 
 def identity(folder: Path) -> str:
@@ -148,7 +165,10 @@ def sha256(path: Path) -> str:
 def append_verification(folder: Path, record: dict[str, Any]) -> None:
     """Add one verification record (`provider`, `onnxruntime`, `identity`, `passed`, `checks`, ...), newest last."""
     path = folder / VERIFICATION
-    records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    try:
+        records = _read_records(path)
+    except (FileNotFoundError, ValueError):  # where they cannot be read, the new one stands alone
+        records = []
     write_json(path, {"format_version": FORMAT_VERSION, "records": [*records, record]})
 
 
@@ -159,10 +179,10 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
     """
     fix = f"run: trivet verify {folder} --provider {provider}"
     try:
-        records = json.loads((folder / VERIFICATION).read_text(encoding="utf-8"))["records"]
+        records = _read_records(folder / VERIFICATION)
     except FileNotFoundError:
         raise DirectoryError(f"{folder}: never verified; {fix}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
     mine = [record for record in records if record.get("provider") == provider]
     if not mine:
@@ -178,15 +198,61 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
     return newest
 
 
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    records = whole.get("records") if isinstance(whole, dict) else None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it holds no list of records")
+    return records
+
+
 # --- the file system -------------------------------------------------------------------------------------------------
 
 
-def _fsync(path: Path) -> None:
+def _make_partial(final: Path) -> tuple[Path, int]:
+    """Make an empty folder beside `final`, locked while the returned descriptor is open; remove those nobody holds.
+
+    Raises DirectoryError if it cannot be made.
+    """
+    name = f".{glob.escape(final.name)}.{'[0-9a-f]' * 8}.partial"
+    folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _open(final.parent) as parent:
+            _lock(parent, fcntl.LOCK_EX)  # or another process would find a new folder before it is locked
+            for left_behind in final.parent.glob(name):
+                with _open(left_behind) as descriptor:
+                    if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                        shutil.rmtree(left_behind, ignore_errors=True)
+            folder.mkdir()
+            lock = os.open(folder, os.O_RDONLY)
+            _lock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise DirectoryError(f"{final}: cannot be written ({error.strerror}); choose another place") from None
+    return folder, lock
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    """Return whether the lock was taken: not when another process has it, nor on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError:
+        return False
+    return True
+
+
+def _fsync(path: Path) -> None:
+    with _open(path) as descriptor:
+        os.fsync(descriptor)
 
 
 def _exchange(new: Path, old: Path) -> None:

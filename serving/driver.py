@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from serving.request import FinishReason, Request
 
@@ -44,20 +44,22 @@ class Stopping(Exception):
     """The driver is draining or has ended: it takes no new requests."""
 
 
+Event: TypeAlias = tuple[list[int], bool]
+
+
 @dataclass(eq=False)
 class _Channel:
     """The way back from the engine's thread to the event loop that waits for one request."""
 
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[tuple[list[int], bool]] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     num_sent: int = 0
 
-    def post(self, request: Request) -> None:
-        """Send the ids that are new since the last post, and whether they are the last. Engine's thread only."""
+    def take(self, request: Request) -> Event:
+        """Return the ids that are new since the last call, and whether they are the last. Engine's thread only."""
         event = (request.output_ids[self.num_sent :], request.is_finished)
         self.num_sent = len(request.output_ids)
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        return event
 
 
 class Driver:
@@ -122,6 +124,9 @@ class Driver:
             is_last = False
             while not is_last:
                 ids, is_last = await channel.events.get()
+                while not channel.events.empty():  # a reader that fell behind catches up in one go
+                    more, is_last = channel.events.get_nowait()
+                    ids += more
                 if ids:
                     yield ids
         finally:
@@ -197,13 +202,19 @@ class Driver:
             self.num_failed_steps += 1
         elif changed:
             self.num_failed_steps = 0
-        for request in changed:
-            self._post(request)
+        self._post(changed)
 
-    def _post(self, request: Request) -> None:
-        channel = self._channels.get(request)
-        if channel is not None:
-            channel.post(request)
+    def _post(self, requests: Iterable[Request]) -> None:
+        """Send what is new of the requests to their readers, in one message to each event loop."""
+        mail: dict[asyncio.AbstractEventLoop, list[tuple[_Channel, Event]]] = defaultdict(list)
+        live = [request for request in requests if request in self._channels]
+        for request in live:
+            channel = self._channels[request]
+            mail[channel.loop].append((channel, channel.take(request)))
+        for loop, letters in mail.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(_deliver, letters)
+        for request in live:
             if request.is_finished:
                 del self._channels[request]
 
@@ -222,17 +233,18 @@ class Driver:
     def _cancel(self, request: Request) -> None:
         if request in self._channels and not request.is_finished:
             self.engine.cancel(request)
-            self._post(request)
+            self._post([request])
 
     def _end(self, reason: FinishReason, error: str | None) -> None:
         """Finish every request that lives, after a failure or at the end."""
-        for request in list(self._channels):
+        requests = list(self._channels)
+        for request in requests:
             try:
                 self.engine.cancel(request)
             except Exception:
                 logger.exception("the engine could not give a request up")
             request.finish_reason, request.error = reason, error
-            self._post(request)
+        self._post(requests)
 
     def _tell(self, command: Callable[[], None]) -> bool:
         """Have the engine's thread run `command` before its next step; return False when it has ended."""
@@ -241,6 +253,11 @@ class Driver:
                 self._inbox.append(command)
                 self._wake.notify()
             return not self._ended
+
+
+def _deliver(letters: "list[tuple[_Channel, Event]]") -> None:
+    for channel, event in letters:
+        channel.events.put_nowait(event)
 
 
 def _resolve(accepted: "asyncio.Future[None]", error: Exception | None) -> None:

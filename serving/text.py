@@ -34,7 +34,10 @@ class Text:
     def open(cls, folder: Path) -> "Text":
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of `folder`. Raises BadInput."""
         folder = Path(folder)
-        config = json.loads(_read(folder / "tokenizer_config.json") or "{}")
+        try:
+            config = json.loads(_read(folder / "tokenizer_config.json") or "{}")
+        except ValueError as error:
+            raise BadInput(f"{folder}/tokenizer_config.json: not JSON ({error}); export the model again") from None
         tokenizer_json = _read(folder / "tokenizer.json")
         if tokenizer_json is None:
             raise BadInput(f"{folder}: has no tokenizer.json; export the model again, with its tokenizer")

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import safe_open
 
 from serving.directory import REFERENCE, BadInput, append_verification, check_files, identity, read_manifest
-from serving.engine import NEAR_TIE, Engine
+from serving.engine import NEAR_TIE, Engine, check_fields
 from serving.forward import whole_texts
 from serving.request import Request, Sampling
 from serving.session import Session, onnxruntime_version
@@ -40,7 +40,10 @@ class VerificationFailed(BadInput):
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source answered: prompts with their greedy continuations, logits over both, texts and chats."""
+    """What the source answered: prompts with their greedy continuations, logits over both, texts and chats.
+
+    Of a long text only the last logits are there, so they are looked up from the end.
+    """
 
     ids: list[list[int]]
     prompt_lengths: list[int]
@@ -61,6 +64,15 @@ class Reference:
     def prompts(self) -> list[list[int]]:
         """The prompts alone."""
         return [ids[:length] for ids, length in zip(self.ids, self.prompt_lengths, strict=True)]
+
+    @property
+    def num_short(self) -> int:
+        """How many texts, the first ones, have logits at every token."""
+        return sum(len(logits_TV) == len(ids) - 1 for ids, logits_TV in zip(self.ids, self.logits_TV, strict=True))
+
+    def next_logits(self, index: int, position: int) -> np.ndarray:
+        """Return the logits behind the token at `position` of a text."""
+        return self.logits_TV[index][position - len(self.ids[index])]
 
     @property
     def tolerance(self) -> float:
@@ -90,13 +102,14 @@ def prove(folder: Path, provider: str = "cpu", *, progress: Callable[[str], None
     started = time.perf_counter()
     manifest = read_manifest(folder, "onnx")
     check_files(folder, manifest)
+    check_fields(folder, manifest)
     session = Session.open(folder, provider=provider)
     reference = Reference.load(folder)
     report("verifying text")
     checks = {"text": check_text(folder, reference)}
     report("verifying logits")
     checks["logits_one_by_one"] = check_logits(session, manifest, reference, batch=1)
-    checks["logits_padded_batch"] = check_logits(session, manifest, reference, batch=len(reference.ids))
+    checks["logits_padded_batch"] = check_logits(session, manifest, reference, batch=reference.num_short)
     report("verifying tokens")
     checks["tokens_one_by_one"] = check_tokens(session, manifest, reference, crowd=False)
     checks["tokens_in_a_crowd"] = check_tokens(session, manifest, reference, crowd=True)
@@ -135,14 +148,16 @@ def check_text(folder: Path, reference: Reference) -> Check:
 
 
 def check_logits(session: Session, manifest: dict[str, Any], reference: Reference, *, batch: int) -> Check:
-    """Compare the logits at every token of whole texts, `batch` texts to a run, the shorter ones padded right."""
+    """Compare the logits of whole texts with all that the reference has, `batch` texts to a run, padded right."""
     texts = [ids[:-1] for ids in reference.ids]
     differences = []
     for start in range(0, len(texts), batch):
         logits_BTV = whole_texts(session, manifest, texts[start : start + batch])
-        for logits_TV, expected_TV in zip(logits_BTV, reference.logits_TV[start : start + batch], strict=True):
-            differences.append(_max_abs_diff(logits_TV[: len(expected_TV)], expected_TV))
-    return _graded(max(differences), reference, rows=len(texts), positions=sum(map(len, texts)), batch=batch)
+        for index, logits_TV in enumerate(logits_BTV, start):
+            expected_TV, end = reference.logits_TV[index], len(texts[index])
+            differences.append(_max_abs_diff(logits_TV[end - len(expected_TV) : end], expected_TV))
+    positions = sum(map(len, reference.logits_TV))
+    return _graded(max(differences), reference, rows=len(texts), positions=positions, batch=batch)
 
 
 def check_tokens(session: Session, manifest: dict[str, Any], reference: Reference, *, crowd: bool) -> Check:
@@ -190,7 +205,7 @@ class _Comparison:
         index = self._index[request]
         position = len(request.prompt_ids) + len(request.output_ids)
         if request.prompt_ids + request.output_ids == self._reference.ids[index][:position]:
-            self._differences.append(_max_abs_diff(logits_V, self._reference.logits_TV[index][position - 1]))
+            self._differences.append(_max_abs_diff(logits_V, self._reference.next_logits(index, position)))
 
     def check(self) -> Check:
         """Return the result after the engine has run."""
@@ -223,7 +238,7 @@ class _Comparison:
         return check
 
     def _margin(self, index: int, position: int) -> float:
-        second, first = np.partition(self._reference.logits_TV[index][position - 1], -2)[-2:]
+        second, first = np.partition(self._reference.next_logits(index, position), -2)[-2:]
         return float(first - second)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.directory import append_verification, seal, staged
+from serving.directory import DirectoryError, append_verification, read_manifest, seal, staged
 from serving.export.attention import ExportError
 from serving.export.graph import quiet, write_graph
 from serving.export.reference import write_reference
-from serving.export.source import Source, open_source
-from serving.session import GRAPH
+from serving.export.source import Source, find_model, open_source
+from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
 __all__ = ["ExportError", "VerificationFailed", "export_model"]
@@ -26,13 +26,13 @@ def export_model(
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
     The folder appears whole and verified on CPU, in place of an older one, or not at all. `progress` is called with a
-    word or two at the start of each stage. Raises ExportError for what cannot be exported, before any work, and
-    VerificationFailed with the evidence when the graph does not answer as the source does.
+    word or two at the start of each stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds
+    something else, before any work, and VerificationFailed with the evidence when the graph does not answer as the
+    source does.
     """
     report = progress or (lambda stage: None)
-    onnx_dir = Path(onnx_dir)
-    if onnx_dir.exists() and not onnx_dir.is_dir():
-        raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
+    onnx_dir = Path(onnx_dir).resolve()
+    _check_target(onnx_dir, find_model(Path(source)).resolve())
     report("reading the model")
     with quiet():
         opened = open_source(Path(source))
@@ -54,6 +54,19 @@ def export_model(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
     return record
+
+
+def _check_target(onnx_dir: Path, model_dir: Path) -> None:
+    """Raise ExportError where `onnx_dir` holds anything else than an older export, or overlaps with the model."""
+    if onnx_dir == model_dir or model_dir in onnx_dir.parents or onnx_dir in model_dir.parents:
+        raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
+    if onnx_dir.exists() and not onnx_dir.is_dir():
+        raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
+    if onnx_dir.is_dir() and any(onnx_dir.iterdir()):
+        try:
+            read_manifest(onnx_dir, "onnx")
+        except DirectoryError as error:
+            raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
 
 
 def _write_text_files(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -82,7 +95,11 @@ def _manifest(source: Source, model: PreTrainedModel, tokenizer: PreTrainedToken
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
         "source": source.provenance,
-        "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")},
+        "versions": {
+            # The distribution may be onnxruntime or onnxruntime-gpu; the module is the same.
+            **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
+            "onnxruntime": onnxruntime_version(),
+        },
     }
 
 

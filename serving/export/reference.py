@@ -1,7 +1,8 @@
 """What the untouched source model and its tokenizer answer, kept in reference.safetensors for every later comparison.
 
-`ids.<i>` holds a prompt and its greedy continuation, `logits.<i>` [its length less one, vocabulary] the source's logits
-over them, `prompt_lengths` where each continuation begins. The file's metadata holds texts and chats with their ids.
+`ids.<i>` holds a prompt and its greedy continuation, `prompt_lengths` where each continuation begins, and `logits.<i>`
+[at most NUM_KEPT_LOGITS, vocabulary] the source's logits over the last of these ids but one. The file's metadata holds
+texts and chats with their ids.
 The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do.
 """
 
@@ -19,7 +20,9 @@ from serving.directory import REFERENCE
 from serving.export.attention import ExportError
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
+LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach
 NUM_NEW_TOKENS = 24
+NUM_KEPT_LOGITS = max(PROMPT_LENGTHS) + NUM_NEW_TOKENS - 1  # all of the others; the file stays small
 
 _TEXTS = (
     "The library reads the file line by line and returns a list of strings.",
@@ -50,7 +53,7 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if not torch.isfinite(logits).all():
             raise ExportError(f"{model.name_or_path}: the model's logits are not finite; was its training diverging?")
         tensors[f"ids.{index}"] = np.array(ids)
-        tensors[f"logits.{index}"] = logits[0].float().numpy()
+        tensors[f"logits.{index}"] = logits[0, -NUM_KEPT_LOGITS:].float().numpy()
     metadata = {
         "texts": json.dumps(_text_cases(tokenizer)),
         "chats": json.dumps(_chat_cases(tokenizer)),
@@ -62,7 +65,8 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, context_length: int) -> list[list[int]]:
     """Return prompts of several lengths, cut from real text at different places."""
-    lengths = [length for length in PROMPT_LENGTHS if length + NUM_NEW_TOKENS <= context_length]
+    longest = min(LONG_PROMPT, context_length - NUM_NEW_TOKENS)
+    lengths = [*(length for length in PROMPT_LENGTHS if length < longest), longest]
     ids = tokenizer("\n".join(_TEXTS * 2), add_special_tokens=False)["input_ids"]
     ids *= -(-sum(lengths) // len(ids))
     if max(ids) >= vocab_size:

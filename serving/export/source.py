@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,15 +41,30 @@ class Source:
     provenance: dict[str, Any]
 
     def load(self) -> PreTrainedModel:
-        """Return the untouched model in fp32 with its own plain attention, ready to evaluate."""
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        """Return the untouched model in fp32 with its own plain attention, ready to evaluate.
+
+        Raises ExportError when the weights cannot be read or are not all there: transformers would make up the rest.
+        """
+        try:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that the names of the tensors are told
+                output_loading_info=True,
+            )
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExportError(f"{self.folder}: its weights cannot be read ({reason}); save the model again") from None
+        wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
+        if wrong:
+            named = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise ExportError(
+                f"{self.folder}: its weights lack {named}, or hold another shape of it; save the model again"
+            )
         return model.eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -101,9 +117,8 @@ def find_model(path: Path) -> Path:
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    result = path / "result.json"
-    if result.is_file() and (ranking := json.loads(result.read_text(encoding="utf-8")).get("ranking")):
-        run = Path(ranking[0]["run"])
+    if (path / "result.json").is_file():
+        run = _best_run(path / "result.json")
         for candidate in (run / "model", path / run / "model", path / run.name / "model"):
             if (candidate / "config.json").is_file():
                 return candidate
@@ -111,6 +126,13 @@ def find_model(path: Path) -> Path:
     raise ExportError(
         f"{path}: has no config.json, model/ or result.json; expected a model directory, a run or a sweep"
     )
+
+
+def _best_run(result: Path) -> Path:
+    try:
+        return Path(json.loads(result.read_text(encoding="utf-8"))["ranking"][0]["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ExportError(f"{result}: has no ranking of runs; expected a sweep's; run the sweep again") from None
 
 
 def probe(folder: Path, config: PreTrainedConfig) -> list[KvShape]:

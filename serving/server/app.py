@@ -15,7 +15,7 @@ from serving import request as engine_request
 from serving.driver import Driver
 from serving.server import errors
 from serving.server.answers import ChatAnswer, CompletionAnswer
-from serving.server.auth import KeyGuard
+from serving.server.auth import HostGuard, KeyGuard
 from serving.server.errors import ApiError
 from serving.server.generation import GenerateBody, Generation, build_sampling
 from serving.server.metrics import Metrics
@@ -49,11 +49,12 @@ def build_app(
     api_keys: list[str] | None = None,
     sampling_defaults: Mapping[str, Any] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    local_only: bool = False,
 ) -> FastAPI:
     """Return the app that serves the driver's engine under `name`. The caller starts and stops the driver.
 
     `sampling_defaults` (temperature, top_p, top_k) hold where a request says nothing. With `api_keys`, every path but
-    PUBLIC_PATHS needs one of them.
+    PUBLIC_PATHS needs one of them. With `local_only`, only what is addressed to this machine itself is answered.
     """
     app = FastAPI(title="Trivet", docs_url=None, redoc_url=None, openapi_url=None)
     service = Service(driver, text, manifest, name, provider, sampling_defaults or {}, max_body_bytes)
@@ -68,6 +69,8 @@ def build_app(
         app.add_api_route(path, _static(content, media_type))
     if api_keys:
         app.add_middleware(KeyGuard, keys=api_keys, public_paths=PUBLIC_PATHS)
+    if local_only:
+        app.add_middleware(HostGuard)
     return app
 
 

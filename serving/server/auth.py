@@ -1,7 +1,8 @@
-"""API keys: when any are set, every path needs one but those that are public by name."""
+"""Who may ask: API keys for every path but those that are public by name, or this machine alone."""
 
 import hashlib
 import hmac
+import re
 from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers
@@ -9,6 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.directory import BadInput
 from serving.server.errors import ApiError
+
+_LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)
 
 
 class KeyGuard:
@@ -35,6 +38,25 @@ class KeyGuard:
         # Every key is compared, each in constant time: the time taken says nothing about the keys.
         matches = [hmac.compare_digest(found, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
+
+
+class HostGuard:
+    """Refuses a request that is not addressed to this machine by a name of its own (localhost, 127.0.0.1, [::1]).
+
+    A server without a key that listens on a loopback address trusts this machine, not every web page open on it: a
+    page's own name can be made to resolve to 127.0.0.1, and its scripts would read the answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _LOCAL_HOST.fullmatch(Headers(scope=scope).get("host", "")):
+            accepted = "localhost, 127.0.0.1, [::1]; for other names start the server with an API key"
+            refusal = ApiError(403, f"the Host header names another machine; accepted: {accepted}")
+            await refusal.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def check_keys(keys: Collection[str] | None) -> list[str]:

@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -51,8 +52,9 @@ def serve(
         from serving.engine import Engine
         from serving.text import Text
 
-        text = Text.open(folder)
+        # The engine checks the files' hashes before anything reads them.
         engine = Engine.open(folder, provider=provider, slots=slots, max_waiting=max_waiting, **engine_options)
+        text = Text.open(folder)
         driver = Driver(engine)
         app = build_app(
             driver,
@@ -63,6 +65,7 @@ def serve(
             api_keys=keys,
             sampling_defaults=sampling_defaults(folder),
             max_body_bytes=max_body_bytes,
+            local_only=not keys and _is_loopback(listener),
         )
         if not keys and not _is_loopback(listener):
             print(f"warning: {host} is reachable from other machines and no API key is set", file=sys.stderr)
@@ -133,7 +136,7 @@ async def _serve_until_signal(
 ) -> None:
     server = build_server(app)
     signals: asyncio.Queue[int] = asyncio.Queue()
-    _listen_for_signals(signals)
+    restore_signals = _listen_for_signals(signals)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     ended = asyncio.create_task(_drain_on_signal(signals, driver, server, drain_timeout_s))
     while not server.started and not serving.done():
@@ -147,6 +150,7 @@ async def _serve_until_signal(
         await serving
     finally:
         ended.cancel()
+        restore_signals()
 
 
 async def _drain_on_signal(
@@ -167,11 +171,26 @@ async def _drain_on_signal(
             raise KeyboardInterrupt
 
 
-def _listen_for_signals(signals: "asyncio.Queue[int]") -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, signals.put_nowait, number)
+def _listen_for_signals(signals: "asyncio.Queue[int]") -> Callable[[], None]:
+    """Put each SIGTERM and SIGINT into `signals`; return what gives them back to their former handlers.
+
+    Not by `loop.add_signal_handler`: its signals go through the pipe that wakes the loop, and are lost when the
+    engine's thread has filled it. A call is queued first, and needs the pipe only to wake a loop that sleeps.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python does not allow it
+        return lambda: None
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(signals.put_nowait, number)
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    return restore
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:

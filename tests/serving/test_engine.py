@@ -9,6 +9,7 @@ import pytest
 from serving.directory import BadInput, append_verification, identity
 from serving.engine import Engine, QueueFull
 from serving.request import Request, Sampling
+from serving.session import onnxruntime_version
 
 NUM_NEW = 24
 GREEDY = Sampling(max_new_tokens=NUM_NEW, ignore_end=True)
@@ -258,6 +259,10 @@ def test_a_verification_of_other_files_is_stale(onnx_copy):
 def test_another_task_is_refused(onnx_copy):
     manifest = onnx_copy / "trivet.json"
     manifest.write_text(manifest.read_text().replace('"causal_lm"', '"classification"', 1))
+    with pytest.raises(BadInput, match="of other files"):  # nothing is believed before it is proven
+        Engine.open(onnx_copy)
+    record = {"provider": "cpu", "onnxruntime": onnxruntime_version(), "identity": identity(onnx_copy), "passed": True}
+    append_verification(onnx_copy, record)
     with pytest.raises(BadInput, match="its task is classification"):
         Engine.open(onnx_copy)
 

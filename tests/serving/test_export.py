@@ -1,6 +1,9 @@
 """Export: what comes out, what is refused before any work, and that a failed proof publishes nothing."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,7 +65,9 @@ def test_a_sliding_window_shorter_than_the_prompts_is_kept(save_model, tmp_path)
     assert record["passed"]
 
 
-def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(model_dir, tmp_path, monkeypatch, capfd):
+def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(
+    model_dir, onnx_dir, tmp_path, monkeypatch, capfd
+):
     import serving.export as export_module
 
     def write_other_weights(model, source, path):
@@ -71,15 +76,14 @@ def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(model_di
 
     write_graph = export_module.write_graph
     monkeypatch.setattr(export_module, "write_graph", write_other_weights)
-    target = tmp_path / "onnx"
-    target.mkdir()
-    (target / "older").write_text("kept")
+    target = Path(shutil.copytree(onnx_dir, tmp_path / "onnx"))
+    before = {path: path.read_bytes() for path in target.iterdir()}
     stages = []
     with pytest.raises(
         VerificationFailed, match=r"nothing was published: logits_one_by_one: logits differ by .*accepted"
     ):
         export_model(model_dir("llama"), target, progress=stages.append)
-    assert [path.name for path in tmp_path.rglob("*")] == ["onnx", "older"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path != target} == before
     assert stages[:3] == ["reading the model", "running the source model", "writing the graph"]
     assert capfd.readouterr() == ("", "")
 
@@ -97,6 +101,13 @@ def test_a_run_and_a_sweep_lead_to_their_model(tmp_path, tiny_config):
         find_model(tmp_path)
 
 
+@pytest.mark.parametrize("result", ["[1", "[]", '{"ranking": []}', '{"ranking": [{"run": 5}]}', '{"ranking": [[]]}'])
+def test_a_sweep_with_a_broken_result_is_refused(tmp_path, result):
+    (tmp_path / "result.json").write_text(result)
+    with pytest.raises(ExportError, match=r"result\.json: has no ranking of runs"):
+        export_model(tmp_path, tmp_path.parent / "onnx")
+
+
 # --- refused before any work -----------------------------------------------------------------------------------------
 
 
@@ -104,6 +115,45 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         export_model(source, tmp_path / "onnx")
     assert not list(tmp_path.glob("*onnx*")), "nothing half-written"
+
+
+def test_a_folder_that_is_no_onnx_directory_is_never_replaced(tmp_path, tiny_config, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    source = bare_model(run / "model", tiny_config("llama"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ExportError, match=r"home: has no trivet\.json.*only an older ONNX directory is replaced"):
+        export_model(run, tmp_path / "home")
+    monkeypatch.chdir(source)
+    for target in (source, run, tmp_path, ".", "onnx", "../../run/model/deep/onnx", "/"):
+        with pytest.raises(ExportError, match="in the source"):
+            export_model(run, target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_that_are_not_all_there_are_refused_not_made_up(save_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "model", "llama")
+    tensors = load_file(source / "model.safetensors")
+    name, other = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, source / "model.safetensors")
+    refused(source, tmp_path, f"its weights lack {name}")
+    save_file(tensors | {other: tensors[other][:5].clone()}, source / "model.safetensors")
+    refused(source, tmp_path, f"its weights lack {other}")
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(source, tmp_path, "its weights cannot be read")
+
+
+def test_tied_weights_are_not_missing(save_model, tmp_path):
+    from serving.export.source import open_source
+
+    source = save_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    model = open_source(source).load()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_an_architecture_with_attention_of_its_own_is_refused(tmp_path, tiny_config):
@@ -165,3 +215,14 @@ def test_a_classifier_is_refused_by_its_objective(tmp_path, tiny_config):
 
 def test_the_engine_reads_what_the_export_wrote(onnx_dir):
     assert Engine.open(onnx_dir).manifest == read_manifest(onnx_dir, "onnx")
+
+
+def test_a_terminated_export_leaves_nothing_behind(model_dir, tmp_path, trivet, monkeypatch):
+    def terminated(*arguments):
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("serving.export.write_reference", terminated)
+    code, _, err = trivet("export", model_dir("llama"), tmp_path / "onnx")
+    assert (code, "Traceback" in err) == (130, False)
+    assert list(tmp_path.iterdir()) == []

@@ -66,16 +66,17 @@ def test_a_sound_directory_passes_and_the_record_says_what_was_compared(onnx_cop
     assert (record["provider"], record["passed"], record["reason"]) == ("cpu", True, None)
     for name in CHECKS[1:]:
         assert 0 < record["checks"][name]["max_abs_diff"] < record["checks"][name]["tolerance"] / 50
-    assert record["checks"]["tokens_in_a_crowd"]["tokens"] == 6 * 24
+    assert record["checks"]["tokens_in_a_crowd"]["tokens"] == 7 * 24
     assert record["checks"]["tokens_in_a_crowd"]["mismatches"] == 0
     Engine.open(onnx_copy)
 
 
 def test_the_reference_has_several_lengths_and_continuations_of_24_tokens(onnx_dir):
     reference = Reference.load(onnx_dir)
-    assert reference.prompt_lengths == [1, 3, 8, 17, 33, 64]
-    assert [len(ids) - length for ids, length in zip(reference.ids, reference.prompt_lengths, strict=True)] == [24] * 6
-    assert [logits.shape for logits in reference.logits_TV] == [(len(ids) - 1, 320) for ids in reference.ids]
+    assert reference.prompt_lengths == [1, 3, 8, 17, 33, 64, 256 - 24]
+    assert [len(ids) - length for ids, length in zip(reference.ids, reference.prompt_lengths, strict=True)] == [24] * 7
+    assert [len(logits) for logits in reference.logits_TV] == [24, 26, 31, 40, 56, 87, 87]
+    assert reference.num_short == 6
     assert len(reference.cases["chats"]) == 2
     assert any("<|im_end|>" in case["text"] for case in reference.cases["texts"])
 
@@ -152,6 +153,19 @@ def test_a_chunk_in_the_wrong_row_is_seen(onnx_copy, monkeypatch):
     assert failed_checks(onnx_copy) == ["tokens_in_a_crowd"]
 
 
+def test_a_second_chunk_of_the_engines_usual_size_is_looked_at(onnx_copy, monkeypatch):
+    real = Forward.chunk
+
+    def broken(self, work):
+        if work.request.num_computed < 128:
+            return real(self, work)
+        self._cache["keys.0"].numpy()[work.slot, :, 0] = 0  # as if the beginning were forgotten
+        return real(self, work)
+
+    monkeypatch.setattr(Forward, "chunk", broken)
+    assert failed_checks(onnx_copy) == ["tokens_in_a_crowd"]
+
+
 def test_a_decode_one_position_late_is_seen(onnx_copy, monkeypatch):
     real = Forward.decode
 
@@ -206,3 +220,20 @@ def test_a_wrong_token_is_not_excused_elsewhere(monkeypatch, onnx_dir):
     check = token_check(monkeypatch, onnx_dir, margin=2e-4)
     assert (check["passed"], check["near_ties"], check["mismatches"]) == (False, 0, 1)
     assert "text 2 token 5" in check["found"]
+
+
+def test_a_manifest_without_a_field_is_bad_input(onnx_copy):
+    manifest = read_manifest(onnx_copy, "onnx")
+    fields = {key: value for key, value in manifest.items() if key not in ("format_version", "kind", "files", "task")}
+    seal(onnx_copy, "onnx", **fields)
+    with pytest.raises(BadInput, match="its manifest has no task; export the model again"):
+        verify(onnx_copy)
+
+
+def test_the_command_exits_1_when_the_proof_fails(onnx_copy, trivet):
+    template = onnx_copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant "))
+    reseal(onnx_copy)
+    code, out, err = trivet("verify", onnx_copy)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "not equal to its source" in err

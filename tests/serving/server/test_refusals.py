@@ -172,6 +172,18 @@ def test_a_wrong_key_is_401_and_a_right_one_is_not(engine, serve_with):
             assert allowed.status_code == 200
 
 
+def test_a_local_server_answers_to_its_own_names_only(engine, serve_with):
+    with serve_with(engine, local_only=True) as served:
+
+        def status(host: str) -> int:
+            return httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code
+
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]", "[::1]:8000"):
+            assert status(host) == 200, host
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1"):
+            assert status(host) == 403, host
+
+
 def test_the_page_needs_nothing_from_elsewhere(shared):
     page = httpx.get(shared.url)
     assert page.status_code == 200

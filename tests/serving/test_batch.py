@@ -1,0 +1,83 @@
+"""Rows of a file in, rows out: what is refused by its line, and that one failed row costs no other."""
+
+import json
+
+import pytest
+
+from serving.batch import RowError, generate, read_rows
+from serving.engine import Engine
+from serving.request import Sampling
+from serving.text import Text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"messages": 5}', "`messages` must be a list of objects"),
+        ('{"messages": []}', "`messages` must be a list of objects"),
+        ('{"messages": ["hi"]}', "`messages` must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', "a message's `content` is missing; expected text"),
+        ('{"messages": [{"role": 1, "content": "x"}]}', "a message's `role` is int; expected text"),
+        ('{"prompt": 5}', "`prompt` is a int"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_refused_by_its_line(tmp_path, row, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n\n{row}\n')
+    with pytest.raises(RowError, match=f"line 3: .*{message}"):
+        read_rows(path)
+
+
+def test_only_newlines_end_a_row_and_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"prompt": "a\u2028b"}, {"prompt": "c\x85d"}]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_rows(path) == rows
+
+
+@pytest.fixture
+def failing_second_row(monkeypatch):
+    """The engine's second prompt fails; the others go on."""
+    from serving.forward import Forward
+
+    real, works = Forward.chunk, []
+
+    def chunk(self, work):
+        works.append(work)
+        if len(works) == 2:
+            raise RuntimeError("no memory")
+        return real(self, work)
+
+    monkeypatch.setattr(Forward, "chunk", chunk)
+
+
+def test_a_failed_row_has_an_error_and_the_others_their_text(onnx_dir, failing_second_row):
+    rows = [{"id": index, "prompt": "the quick brown"} for index in range(3)]
+    engine = Engine.open(onnx_dir, slots=3)
+    answers = list(generate(engine, Text.open(onnx_dir), rows, Sampling(4), prompts_are_chats=False))
+    assert [sorted(answer) for answer in answers[1:2]] == [["error", "id"]]
+    assert [answer["id"] for answer in answers] == [0, 1, 2]
+    assert answers[0]["text"] == answers[2]["text"]
+
+
+def test_the_command_writes_all_rows_and_exits_1_when_one_failed(onnx_dir, tmp_path, trivet, failing_second_row):
+    rows = [{"id": f"{index}\ud800", "prompt": "the quick brown"} for index in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.jsonl"
+    code, _, err = trivet("generate", onnx_dir, "--input", tmp_path / "in.jsonl", "--output", output)
+    assert code == 1
+    assert "error: 1 of 3 rows failed: " in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
+    assert ["error" in answer for answer in answers] == [False, True, False]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_opened(tmp_path, trivet):
+    for output in (tmp_path, tmp_path / "none" / "out"):
+        code, _, err = trivet("generate", "nowhere", "--prompt", "x", "--output", output)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--output" in err
+    code, _, err = trivet("generate", "nowhere", "--prompt", "x", "--output", tmp_path / "out")
+    assert "nowhere: no such folder" in err
+    assert list(tmp_path.iterdir()) == []
