@@ -168,6 +168,11 @@ def run_folder(path: Path) -> Path:
     return Path(run["dir"]) / run["name"]
 
 
+def went_on_from(log: str) -> list[str]:
+    """The checkpoints that runs say they go on from, in order."""
+    return [line.removeprefix("going on from ") for line in log.splitlines() if line.startswith("going on from ")]
+
+
 def as_if_killed_after(step: int, path: Path, original: Path) -> None:
     """Make the folder of `path` what a kill a little after the checkpoint at `step` would leave of `original`'s."""
     folder = run_folder(path)
@@ -179,7 +184,9 @@ def as_if_killed_after(step: int, path: Path, original: Path) -> None:
     (folder / "status.json").write_text(json.dumps(status))
 
 
-def test_two_ddp_processes_take_the_same_steps_as_one_and_stop_and_resume_together(write_config, train_here, launch):
+def test_two_ddp_processes_take_the_same_steps_as_one_and_stop_and_resume_together(
+    write_config, train_here, launch, tmp_path
+):
     alone, together = write_config("alone"), write_config("together")
     lora_alone, lora_together = (write_config(name, "lora") for name in ("lora_alone", "lora_together"))
     stopped = write_config("stopped", checkpoint={"every": 100})
@@ -199,13 +206,15 @@ def test_two_ddp_processes_take_the_same_steps_as_one_and_stop_and_resume_togeth
     assert json.loads((run_folder(together) / "result.json").read_text())["world_size"] == 2
 
     # Rank 1 heard the signal after step 2; both saved at the end of step 3 and went on from there, bit for bit.
-    assert (run_folder(stopped) / "checkpoints" / "step-00000003").is_dir()
+    log = (tmp_path / "launch.log").read_text()
+    assert log.count("stopped at step 3; start it again to go on") == 1
+    assert went_on_from(log) == [str(run_folder(stopped) / "checkpoints" / "step-00000003")]
     assert lines(stopped, "train") == lines(together, "train")
     assert lines(stopped, "eval") == lines(together, "eval")
 
 
 def test_zero2_on_two_processes_takes_the_steps_of_one_resumes_exactly_and_loads_into_one(
-    write_config, train_here, launch
+    write_config, train_here, launch, tmp_path, capfd
 ):
     runs = {
         "alone": "full",
@@ -233,12 +242,14 @@ def test_zero2_on_two_processes_takes_the_steps_of_one_resumes_exactly_and_loads
     assert max(sizes) < 1.2 * min(sizes), "each rank writes its half"
 
     # Stopped at step 5 by a signal to rank 1, then gone on from there.
-    assert (run_folder(stopped) / "checkpoints" / "step-00000006").is_dir()
+    went_on = went_on_from((tmp_path / "launch.log").read_text())
+    assert went_on == [str(run_folder(stopped) / "checkpoints" / "step-00000005")]
     assert lines(stopped, "train") == lines(zero, "train")
     assert lines(stopped, "eval") == lines(zero, "eval")
 
     # Saved by two processes under ZeRO-2, read by one without.
     as_if_killed_after(6, one, original=zero)
     assert train_here(one) == 0
+    assert went_on_from(capfd.readouterr().err) == [str(run_folder(one) / "checkpoints" / "step-00000006")]
     assert losses(one)[:6] == losses(zero)[:6]
     assert losses(one) == pytest.approx(losses(zero), rel=1e-5)

@@ -2,19 +2,16 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from serving import directory
-from trainer import distributed, hub
+from trainer import distributed, hub, models
 from trainer.config import NewModel, PretrainedModel, PretrainedTokenizer, RunConfig, TrainedTokenizer
 from trainer.distributed import World
 from trainer.feed import Feed, micro_rows
 from trainer.metrics import Terminal
-from trainer.models import build_model
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.optim import build_optimizer
 from trainer.sources import Splits, read_splits
@@ -56,14 +53,15 @@ def build(config: RunConfig) -> Parts:
         config, objective, train_rows, held_out_rows,
         pad_id=tokenizer.pad_token_id, rank=world.rank, world_size=world.size,
     )  # fmt: skip
+    fingerprints = take_fingerprints(config, tokenizer, splits)
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model, tokenizer, objective.head, objective.labels)
+    model = models.build_model(config.model, tokenizer, objective.head, objective.labels)
+    models.check_length(model, length)
     model = STRATEGIES[config.strategy.type](model, config.strategy).train()
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
         Terminal.say_once(describe(config, world, model, splits, num_rows=len(train_rows)))
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
-    fingerprints = take_fingerprints(config, tokenizer, splits)
     return Parts(world, splits, objective, tokenizer, feed, model, optimizer, fingerprints)
 
 
@@ -80,11 +78,11 @@ def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> 
 
 
 def take_fingerprints(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> dict[str, str]:
-    """Return hashes of the data, the tokenizer, and the base model where it is a model directory of Trivet's."""
+    """Return hashes of the data, the tokenizer, and a base model that lies in a folder."""
     described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     found = {"data": splits.fingerprint, "tokenizer": hashlib.sha256(described.encode()).hexdigest()}
-    if isinstance(config.model, PretrainedModel) and (Path(config.model.path) / directory.MANIFEST).is_file():
-        found["base model"] = directory.identity(Path(config.model.path))
+    if isinstance(config.model, PretrainedModel) and (base := models.fingerprint(config.model.path)) is not None:
+        found["base model"] = base
     return found
 
 

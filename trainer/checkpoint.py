@@ -8,6 +8,7 @@ A rank that loads reads only the ranges it holds, whatever mode and world size w
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer.distributed import World
 from trainer.shards import Held
 
 _PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Every checkpoint, whole or not, newest first."""
-    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+    """Every checkpoint, whole or not, newest first; whatever else lies there is the user's own."""
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def _write_slices(folder: Path, world: World, held: list[Held]) -> None:

@@ -17,6 +17,7 @@ def _beside_the_config(path: Path, info: ValidationInfo) -> Path:
 
 
 ConfigPath = Annotated[Path, AfterValidator(_beside_the_config)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -123,7 +124,7 @@ class Lora(Section):
 class Optim(Section):
     lr: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="On matrices only; norms and biases are not decayed.")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

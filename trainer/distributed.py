@@ -27,7 +27,11 @@ _MODES = {
 
 
 class NotFinite(RunFailed):
-    """A loss or gradient that is not a finite number; the weights are as they were."""
+    """A loss, gradient or held-out metric that is not a finite number.
+
+    A step that shows one is not taken, save that under DeepSpeed a bad gradient has been stepped with: its engine
+    clips and steps in one call, and tells the norm afterwards. Nothing is saved either way.
+    """
 
 
 class World:
@@ -126,11 +130,12 @@ def finish_step(
     learning_rate: float,
     max_norm: float,
     where: str,
+    step: int,
 ) -> float:
     """Clip, step and clear the gradients; return their norm before clipping.
 
-    Raises NotFinite, saying `where`, before the step if the norm is not finite (under DeepSpeed, whose engine clips
-    and steps in one call, after it).
+    Raises NotFinite, saying `where`, with `step` steps finished, if the norm is not finite: before the optimizer
+    steps, save under DeepSpeed.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -140,7 +145,8 @@ def finish_step(
     else:
         norm = float(world.accelerator.clip_grad_norm_(model.parameters(), max_norm))
     if not math.isfinite(norm):
-        raise NotFinite(f"{where}: the norm of the gradients is {norm}; lower optim.lr, or mend those rows")
+        message = f"{where}: the norm of the gradients is {norm}; lower optim.lr, or mend those rows"
+        raise NotFinite(message, step=step)
     if world.mode != "deepspeed":
         optimizer.step()
         optimizer.zero_grad()

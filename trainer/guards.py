@@ -1,5 +1,6 @@
 """How a run ends early: on a signal, agreed on by all ranks at a step boundary, or because it cannot go on."""
 
+import os
 import signal
 from types import FrameType
 
@@ -7,11 +8,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class RunFailed(Exception):
-    """A run that cannot go on for a reason that its message gives in full."""
+    """A run that cannot go on, after `step` finished steps, for a reason that its message gives in full."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class StopRequest:
-    """While entered, remembers the first stop signal; a second Ctrl-C raises KeyboardInterrupt."""
+    """While entered, remembers the first stop signal and answers it; a second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -27,4 +32,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.signal_name and os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"stopping: saving at the end of this step; Ctrl-C again ends without saving\n")
         self.signal_name = signal.Signals(number).name

@@ -2,19 +2,22 @@
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from serving import directory
 from trainer import checkpoint, distributed, model_dir, order, run_folder
 from trainer.build import Parts, build
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import NotFinite, World
 from trainer.evaluate import evaluate, to_device
-from trainer.guards import StopRequest
-from trainer.metrics import RunLog, Terminal, peak_memory_bytes, read_metrics
+from trainer.guards import RunFailed, StopRequest
+from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
 from trainer.strategies import count_parameters
 
@@ -32,7 +35,7 @@ def train(config: RunConfig, config_yaml: str) -> int:
         is_main = parts.world.is_main
         with run_folder.claimed(folder) if is_main else nullcontext():
             if is_main:
-                run_folder.write_text(folder / "config.yaml", config_yaml)
+                directory.write_text(folder / "config.yaml", config_yaml)
             done = resume(config, parts)
             status(config, parts.world, "running", None, done.step)
             rehearse(parts)
@@ -45,7 +48,7 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
     world, model, optimizer, feed = parts.world, parts.model, parts.optimizer, parts.feed
     started = time.perf_counter() - done.elapsed_s
     if world.any(bool(stop.signal_name)):  # while the run was being built
-        return leave(config, world, done, stop)
+        return leave(config, world, done, stop, log)
     if done.step == 0:
         evaluate_and_log(parts, log, 0, started)
     for step in range(done.step, config.run.steps):
@@ -68,10 +71,10 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
         total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
         where = f"step {step + 1}, rows {feed.rows_at(step)} of the training data"
         if not math.isfinite(total_loss):
-            raise NotFinite(f"{where}: the loss is {total_loss}; lower optim.lr, or mend those rows")
+            raise NotFinite(f"{where}: the loss is {total_loss}; lower optim.lr, or mend those rows", step=step)
         lr = learning_rate(step, config.optim, config.run.steps)
         norm = distributed.finish_step(
-            world, model, optimizer, learning_rate=lr, max_norm=config.optim.max_grad_norm, where=where
+            world, model, optimizer, learning_rate=lr, max_norm=config.optim.max_grad_norm, where=where, step=step
         )
         tokens, now = feed.tokens_at(step), time.perf_counter()
         done = Counters(step + 1, done.total_tokens + tokens, now - started)
@@ -93,7 +96,7 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
         if stops or is_due(done.step, config.checkpoint.every):
             save(config, parts, done)
         if stops and done.step < config.run.steps:
-            return leave(config, world, done, stop)
+            return leave(config, world, done, stop, log)
     finish(config, parts, done, evaluate_and_log(parts, log, done.step, started))
     return 0
 
@@ -137,8 +140,12 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float) -> dict[str, float]:
-    """Return the held-out metrics after `step` steps, logged on the main rank."""
+    """Return the held-out metrics after `step` steps, logged on the main rank. Raises NotFinite for NaN or infinity."""
     metrics = evaluate(parts.world, parts.model, parts.objective, parts.feed.evaluation())
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            mend = "lower optim.lr" if step else "the model that the run starts from is broken, or a held-out row is"
+            raise NotFinite(f"step {step}: the held-out {name} is {value}; {mend}", step=step)
     if log is not None:
         log.evaluation(step, metrics, time.perf_counter() - started)
     return metrics
@@ -146,22 +153,30 @@ def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float
 
 def save(config: RunConfig, parts: Parts, done: Counters) -> None:
     """Write a checkpoint on all ranks, and that the run has come this far."""
-    checkpoint.save(
-        config.run.folder / "checkpoints",
-        parts.world,
-        parts.model,
-        parts.optimizer,
-        done,
-        keep=config.checkpoint.keep,
-        fingerprints=parts.fingerprints,
-    )
-    status(config, parts.world, "running", None, done.step)
+    folder = config.run.folder / "checkpoints"
+    with writing(f"{folder}: the checkpoint of step {done.step}", step=done.step):
+        checkpoint.save(
+            folder, parts.world, parts.model, parts.optimizer, done,
+            keep=config.checkpoint.keep, fingerprints=parts.fingerprints,
+        )  # fmt: skip
+        status(config, parts.world, "running", None, done.step)
 
 
-def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest) -> int:
+@contextmanager
+def writing(what: str, *, step: int) -> Iterator[None]:
+    """Raise RunFailed, saying `what` could not be written, where the block finds the disk full, gone or read-only."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"{what} cannot be written ({error}); mend that and start the run again", step=step) from None
+
+
+def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
     """Say that the run stopped where everything is saved; return the exit code."""
     reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
     status(config, world, "stopped", STOPPED, done.step, reason)
+    if log is not None:
+        log.say(f"stopped at step {done.step}; start it again to go on")
     return STOPPED
 
 
@@ -176,10 +191,11 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, f
     if world.is_main:
         model = world.accelerator.unwrap_model(parts.model)
         learning, total = count_parameters(model)
-        model_dir.save_model(
-            folder / "model", model, parts.tokenizer, config,
-            labels=parts.objective.labels, step=done.step, metrics=metrics,
-        )  # fmt: skip
+        with writing(f"{folder / 'model'}: the model", step=done.step):
+            model_dir.save_model(
+                folder / "model", model, parts.tokenizer, config,
+                labels=parts.objective.labels, step=done.step, metrics=metrics,
+            )  # fmt: skip
         score_name, score_mode = parts.objective.score
         run_folder.write_result(
             folder,
@@ -206,6 +222,6 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, f
 
 
 def _initial_metrics(config: RunConfig) -> dict[str, Any]:
-    entries = read_metrics(config.run.folder / "metrics.jsonl")
+    entries = run_folder.read_metrics(config.run.folder / "metrics.jsonl")
     first = next((entry for entry in entries if entry["kind"] == "eval" and entry["step"] == 0), {})
     return {name: value for name, value in first.items() if name not in ("kind", "step", "elapsed_s")}

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.run_folder import write_text
+from serving import directory
+from trainer.run_folder import read_metrics
 
 
 class RunLog:
@@ -22,7 +23,8 @@ class RunLog:
     def __init__(self, folder: Path, *, start_step: int, total_steps: int, every: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         self.every, self.total_steps = every, total_steps
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in _kept(self.path, start_step, total_steps)))
+        kept = _kept(self.path, start_step, total_steps)
+        directory.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", start_step) if tensorboard else None
         self._terminal = Terminal(folder.name, start_step, total_steps)
@@ -48,8 +50,12 @@ class RunLog:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._terminal.say(f"step {step}: held-out {shown}")
 
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        self._terminal.say(text)
+
     def _write(self, kind: str, step: int, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **fields}, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in fields.items():
@@ -92,17 +98,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
 
 
 def _kept(path: Path, start_step: int, total_steps: int) -> list[dict[str, Any]]:

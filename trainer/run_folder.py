@@ -19,10 +19,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokeniz
 def claimed(folder: Path) -> Iterator[None]:
     """Make the run folder and hold it for this process while the block runs; the kernel lets go of it after a kill.
 
-    Raises BadInput if another process trains there.
+    Raises BadInput if another process trains there, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise BadInput(f"run.dir: {folder} cannot be written ({error.strerror}); choose another run.dir") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -32,13 +36,6 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path`: a kill leaves the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write_status(folder: Path, state: str, *, code: int | None, step: int, reason: str = "") -> None:
     """Replace status.json: state is running, done, stopped or failed; `code` what `trivet` returns for it."""
     fields = {"format_version": FORMAT_VERSION, "state": state, "code": code, "step": step, "reason": reason}
@@ -46,9 +43,29 @@ def write_status(folder: Path, state: str, *, code: int | None, step: int, reaso
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return status.json, or None where there is none."""
-    path = folder / "status.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Return status.json, or None where there is none that can be read, with a state and a step."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(status, dict) and isinstance(status.get("state"), str) and isinstance(status.get("step"), int)
+    return status if whole else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a metrics.jsonl; what is none, such as the torn last line of a kill, is passed over."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [entry for entry in map(parse_metric, text.splitlines()) if entry]
+
+
+def parse_metric(line: str) -> dict[str, Any]:
+    """Return one line of a metrics.jsonl, or an empty dict if it is no object with a kind and a step."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    whole = isinstance(entry, dict) and isinstance(entry.get("kind"), str) and isinstance(entry.get("step"), int)
+    return entry if whole else {}
 
 
 def write_result(folder: Path, **fields: Any) -> None:

@@ -98,8 +98,11 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"data: {path}, line {number}: not JSON ({error}); mend or remove the line") from None
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            kind = "not Unicode text" if isinstance(error, UnicodeEncodeError) else "not JSON"
+            raise DataError(f"data: {path}, line {number}: {kind} ({error}); mend or remove the line") from None
         if not isinstance(row, dict):
             raise DataError(f"data: {path}, line {number}: a {type(row).__name__}; expected an object per line")
         yield number, row
@@ -108,6 +111,9 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
 def _read_csv(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(_LARGEST_FIELD_BYTES)
     reader = csv.DictReader(lines, strict=True)
+    names = list(reader.fieldnames or ())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"data: {path}, line 1: two columns are named {twice[0]!r}; rename one")
     for row in reader:
         if None in row or None in row.values():
             expected = len(reader.fieldnames or ())

@@ -1,5 +1,6 @@
 """Which weights learn: one function per strategy, independent of the objective."""
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ def apply_lora(model: torch.nn.Module, config: Lora) -> torch.nn.Module:
             # PEFT 0.21 asks transformers by a name that is on its way out.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise BadInput(f"strategy.targets: {config.targets!r} found; {str(error).splitlines()[0]}") from None
 
 

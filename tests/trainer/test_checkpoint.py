@@ -178,6 +178,17 @@ def test_only_the_newest_are_kept(tmp_path, world, stepped):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000200"]
 
 
+def test_what_only_looks_like_a_checkpoint_is_neither_loaded_nor_removed(tmp_path, world, stepped):
+    made = stepped(1)
+    first = save(tmp_path, world, made, 1)
+    own = ["step-00000009.backup", "step-best", "step-9"]
+    for name in own:
+        shutil.copytree(first, tmp_path / name)
+    assert checkpoint.newest(tmp_path) == (first, [])
+    save(tmp_path, world, made, 2, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["step-00000002", *own])
+
+
 def test_a_damaged_later_checkpoint_never_costs_the_one_just_saved(tmp_path, world, stepped):
     made = stepped(1)
     for step in (10, 20):

@@ -22,6 +22,8 @@ from trainer.config import NewModel
         ("sft", "full", {"optim": {"warmup_steps": 7}}, "optim.warmup_steps 7 is more than run.steps 6"),
         ("sft", "full", {"run": {"name": "../up"}}, "name"),
         ("sft", "full", {"optim": {"lr": float("nan")}}, "lr"),
+        ("sft", "full", {"optim": {"betas": [0.9, 1.0]}}, "optim.betas.1"),
+        ("sft", "full", {"optim": {"betas": [-0.1, 0.9]}}, "optim.betas.0"),
         ("sft", "full", {"batch": {"rows": 0}}, "rows"),
     ],
 )

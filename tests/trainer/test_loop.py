@@ -6,12 +6,16 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from serving.directory import BadInput
-from trainer import build, loop
+from trainer import build, checkpoint, loop
 from trainer.distributed import NotFinite
 from trainer.evaluate import evaluate
+from trainer.guards import RunFailed
+from trainer.losses import cross_entropy_sum
 from trainer.packing import IGNORED
 
 
@@ -128,6 +132,13 @@ def test_a_run_is_the_same_twice_and_another_seed_is_another_run(make_config, tr
     assert runs["a"] != runs["c"]
 
 
+def test_the_seed_decides_the_first_weights_and_the_order(make_config):
+    parts = [build.build(make_config(run={"seed": seed})) for seed in (0, 1)]
+    first, second = (torch.cat([p.detach().flatten() for p in part.model.parameters()]) for part in parts)
+    assert not torch.equal(first, second)
+    assert parts[0].feed.rows_at(0) != parts[1].feed.rows_at(0)
+
+
 def test_dropout_changes_training_and_not_evaluation(make_config, train, read_lines):
     seen = {}
     for dropout in (0.0, 0.5):
@@ -175,9 +186,9 @@ def test_total_tokens_counts_what_was_read(make_config, train):
     assert json.loads((config.run.folder / "result.json").read_text())["tokens"] == expected
 
 
-def poison_a_weight(parts) -> None:
-    with torch.no_grad():
-        parts.model.model.norm.weight[3] = float("nan")
+def poison_the_loss(parts) -> None:
+    """In training only: a model that is broken from the start shows in the evaluation before step 0."""
+    parts.model.model.norm.register_forward_hook(lambda norm, _, out: out * float("nan") if norm.training else out)
 
 
 def poison_a_gradient(parts) -> None:
@@ -186,7 +197,7 @@ def poison_a_gradient(parts) -> None:
 
 @pytest.mark.parametrize(
     ("poison", "said"),
-    [(poison_a_weight, "the loss is nan"), (poison_a_gradient, "the norm of the gradients is (inf|nan)")],
+    [(poison_the_loss, "the loss is nan"), (poison_a_gradient, "the norm of the gradients is (inf|nan)")],
 )
 def test_a_number_that_is_not_finite_stops_before_the_optimizer_steps(make_config, train, monkeypatch, poison, said):
     kept = {}
@@ -202,12 +213,76 @@ def test_a_number_that_is_not_finite_stops_before_the_optimizer_steps(make_confi
     with pytest.raises(NotFinite, match=rf"step 1, rows \[.*\] of the training data: {said}"):
         train(config)
     for before, now in zip(kept["before"], kept["parts"].model.parameters(), strict=True):
-        assert torch.equal(before, now) or (before.isnan() == now.isnan()).all()
+        assert torch.equal(before, now)
     assert not kept["parts"].optimizer.optimizer.state
     status = json.loads((config.run.folder / "status.json").read_text())
     assert (status["state"], status["code"]) == ("failed", 1)
     assert "NotFinite" in status["reason"]
     assert not (config.run.folder / "checkpoints").exists()
+
+
+def test_a_model_that_scores_no_number_is_never_published(make_config, train):
+    config = make_config(run={"steps": 1}, optim={"lr": 1e38, "warmup_steps": 0})
+    with pytest.raises(NotFinite, match=r"step 1: the held-out eval_loss is nan; lower optim\.lr") as caught:
+        train(config)
+    assert caught.value.step == 1
+    assert not (config.run.folder / "model").exists()
+    assert not (config.run.folder / "result.json").exists()
+    lines = (config.run.folder / "metrics.jsonl").read_text()
+    assert "NaN" not in lines
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("poison_at", "said"), [("loss", "step 3, .*: the loss is nan"), ("norm", "step 3, .*: the norm .* is nan")]
+)
+def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, monkeypatch, poison_at, said):
+    def poisoned(function, *, call):
+        calls = []
+        return lambda *args, **kwargs: (
+            calls.append(1),
+            function(*args, **kwargs) * (nan if len(calls) == call else 1),
+        )[1]
+
+    nan = float("nan")
+    if poison_at == "loss":
+        monkeypatch.setattr("trainer.objectives.causal_lm.cross_entropy_sum", poisoned(cross_entropy_sum, call=5))
+    else:
+        monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", poisoned(Accelerator.clip_grad_norm_, call=3))
+    # The losses before that of step 3: of the rehearsal, of the evaluation before step 0, of steps 1 and 2.
+    with pytest.raises(NotFinite, match=said) as caught:
+        train(make_config(evaluation={"max_rows": 1}))
+    assert caught.value.step == 2
+
+
+def test_a_model_that_is_broken_from_the_start_is_said_to_be(make_config, train, monkeypatch):
+    def build_poisoned(config):
+        parts = build.build(config)
+        with torch.no_grad():
+            parts.model.model.norm.weight[3] = float("nan")
+        return parts
+
+    monkeypatch.setattr(loop, "build", build_poisoned)
+    with pytest.raises(NotFinite, match="step 0: the held-out eval_loss is nan; the model that the run starts from"):
+        train(make_config())
+
+
+def test_a_disk_that_is_full_ends_the_run_in_one_line_and_keeps_what_is_there(make_config, train, monkeypatch):
+    saved = []
+
+    def no_space(*args, **kwargs):
+        saved.append(1)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        return save_file(*args, **kwargs)
+
+    config = make_config(checkpoint={"every": 2})
+    monkeypatch.setattr("trainer.checkpoint.save_file", no_space)
+    with pytest.raises(RunFailed, match=r"the checkpoint of step 4 cannot be written \(.*No space") as caught:
+        train(config)
+    assert caught.value.step == 4
+    path, skipped = checkpoint.newest(config.run.folder / "checkpoints")
+    assert (path.name, skipped) == ("step-00000002", [])
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(make_config):
@@ -232,7 +307,13 @@ def test_the_longest_rows_are_rehearsed_without_a_trace(make_config):
     longest = parts.feed.longest()
     assert int((longest["input_ids"] != parts.tokenizer.pad_token_id).sum(-1).max()) == 24
     before = [p.detach().clone() for p in parts.model.parameters()]
+    ran = []
+    parts.model.register_forward_pre_hook(
+        lambda _, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    parts.model.model.norm.weight.register_hook(lambda gradient: ran.append("back"))
     loop.rehearse(parts)
+    assert ran == [tuple(longest["input_ids"].shape), "back"]
     assert all(torch.equal(old, new) for old, new in zip(before, parts.model.parameters(), strict=True))
     assert all(p.grad is None for p in parts.model.parameters())
     assert not parts.optimizer.optimizer.state

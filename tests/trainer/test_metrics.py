@@ -67,6 +67,12 @@ def test_every_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
         assert steps(tmp_path) == [("train", 1)]
 
 
+def test_a_line_never_holds_what_json_does_not_know(tmp_path):
+    with log_of(tmp_path) as log, pytest.raises(ValueError, match="not JSON compliant"):
+        log.train(1, loss=float("nan"), tokens_per_s=10.0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_a_run_says_what_it_does_and_nothing_else(make_config, tmp_path, monkeypatch):
     """In a process of its own, as a user starts it: no word from DeepSpeed, PEFT, transformers or torch."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from launch.config_file import ConfigError
 from serving.directory import BadInput
 from trainer import run_folder
+from trainer.optim import learning_rate
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 README_CONFIGS = [
@@ -33,11 +36,31 @@ def weights(config) -> bytes:
     return (config.run.folder / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def go_on(train, capfd, monkeypatch):
+    """Return a function that starts a run again, and checks that it took only the steps after `step`."""
+
+    def run(config, *, step: int) -> None:
+        taken = []
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "trainer.loop.learning_rate", lambda at, *rest: (taken.append(at), learning_rate(at, *rest))[1]
+            )
+            assert train(config) == 0
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("going on from")]
+        checkpoint = config.run.folder / "checkpoints" / f"step-{step:08d}"
+        assert said == ([f"going on from {checkpoint}"] if step else [])
+        assert taken == list(range(step, config.run.steps))
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("objective", "strategy", "changes"), README_CONFIGS, ids=["scratch", "lora", "classification"]
 )
 def test_after_kill_9_the_run_goes_on_bit_for_bit(
-    make_config, train, train_child, read_lines, objective, strategy, changes
+    make_config, train, train_child, go_on, read_lines, objective, strategy, changes
 ):
     settings = {"checkpoint": {"every": 3}, "evaluation": {"every": 2, "max_rows": 4}, **changes}
     undisturbed = make_config(objective, strategy, run={"name": "undisturbed", "steps": 8}, **settings)
@@ -49,7 +72,7 @@ def test_after_kill_9_the_run_goes_on_bit_for_bit(
     assert status(killed)["state"] == "running"
     assert {line["step"] for line in read_lines(killed)} == {0, 1, 2, 3, 4, 5}  # 4 and 5 come again: dropped first
 
-    assert train(killed) == 0
+    go_on(killed, step=3)
     assert read_lines(killed) == read_lines(undisturbed)
     assert results(killed) == results(undisturbed)
     assert weights(killed) == weights(undisturbed)
@@ -57,7 +80,7 @@ def test_after_kill_9_the_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stop_signal_saves_exits_75_and_the_run_goes_on_bit_for_bit(
-    make_config, train, train_child, read_lines, number
+    make_config, train, train_child, go_on, read_lines, number
 ):
     settings = {"evaluation": {"every": 2, "max_rows": 4}}
     undisturbed = make_config(run={"name": "undisturbed"}, **settings)
@@ -65,12 +88,14 @@ def test_a_stop_signal_saves_exits_75_and_the_run_goes_on_bit_for_bit(
     stopped = make_config(run={"name": "stopped"}, **settings)
     code, output = train_child(stopped, step=2, act=f"os.kill(os.getpid(), {int(number)})")
     assert code == 75, output
+    assert output.count("stopping: saving at the end of this step; Ctrl-C again ends without saving\n") == 1
+    assert output.endswith("stopped at step 3; start it again to go on\n")
     # The signal came after step 2 was done, so step 3 is the next boundary.
     assert status(stopped) == {
         "format_version": 1, "state": "stopped", "code": 75, "step": 3, "reason": f"stopped by {number.name}",
     }  # fmt: skip
     assert [path.name for path in (stopped.run.folder / "checkpoints").iterdir()] == ["step-00000003"]
-    assert train(stopped) == 0
+    go_on(stopped, step=3)
     assert read_lines(stopped) == read_lines(undisturbed)
     assert weights(stopped) == weights(undisturbed)
 
@@ -119,7 +144,9 @@ def kill() -> None:
         ("trainer.checkpoint.save", 1, 4),  # during a save
     ],
 )
-def test_a_stop_signal_at_any_other_time_is_heard_too(make_config, train, monkeypatch, read_lines, place, call, step):
+def test_a_stop_signal_at_any_other_time_is_heard_too(
+    make_config, train, go_on, monkeypatch, read_lines, place, call, step
+):
     settings = {"evaluation": {"every": 2, "max_rows": 4}, "checkpoint": {"every": 3}}
     undisturbed, stopped = (make_config(run={"name": name}, **settings) for name in ("undisturbed", "stopped"))
     assert train(undisturbed) == 0
@@ -127,7 +154,7 @@ def test_a_stop_signal_at_any_other_time_is_heard_too(make_config, train, monkey
         at(patch, place, terminate, call=call)
         assert train(stopped) == 75
     assert (status(stopped)["state"], status(stopped)["step"]) == ("stopped", step)
-    assert train(stopped) == 0
+    go_on(stopped, step=step)
     assert read_lines(stopped) == read_lines(undisturbed)
 
 
@@ -149,19 +176,19 @@ def test_a_stop_signal_in_or_after_the_last_step_lets_the_run_finish(make_config
 
 
 @pytest.mark.parametrize(
-    ("place", "call"),
+    ("place", "call", "step"),
     [
-        ("trainer.loop.evaluate", 1),  # before step 0
-        ("trainer.loop.evaluate", 3),  # after the last step
-        ("trainer.model_dir.save_model", 1),
-        ("trainer.run_folder.write_result", 1),
-        ("trainer.run_folder.write_status", 1),
-        ("trainer.run_folder.write_status", 2),
-        ("trainer.run_folder.write_status", 4),  # the one that says done
+        ("trainer.loop.evaluate", 1, 0),  # before step 0
+        ("trainer.loop.evaluate", 3, 6),  # after the last step
+        ("trainer.model_dir.save_model", 1, 6),
+        ("trainer.run_folder.write_result", 1, 6),
+        ("trainer.run_folder.write_status", 1, 0),
+        ("trainer.run_folder.write_status", 2, 3),
+        ("trainer.run_folder.write_status", 4, 6),  # the one that says done
     ],
 )
 def test_a_kill_before_or_after_the_steps_costs_nothing_and_repeats_no_line(
-    make_config, train, monkeypatch, read_lines, place, call
+    make_config, train, go_on, monkeypatch, read_lines, place, call, step
 ):
     settings = {"evaluation": {"every": 3, "max_rows": 4}, "checkpoint": {"every": 3}, "log": {"every": 2}}
     undisturbed, killed = (make_config(run={"name": name}, **settings) for name in ("undisturbed", "killed"))
@@ -171,24 +198,24 @@ def test_a_kill_before_or_after_the_steps_costs_nothing_and_repeats_no_line(
         patch.setattr("launch.train.BaseException", (), raising=False)  # a killed process catches nothing
         with pytest.raises(Killed):
             train(killed)
-    assert train(killed) == 0
+    go_on(killed, step=step)
     assert read_lines(killed) == read_lines(undisturbed)
     assert results(killed) == results(undisturbed)
     assert weights(killed) == weights(undisturbed)
 
 
-def test_metrics_with_gaps_are_whole_after_a_resume(make_config, train, train_child, read_lines):
+def test_metrics_with_gaps_are_whole_after_a_resume(make_config, train, train_child, go_on, read_lines):
     settings = {"log": {"every": 3}, "checkpoint": {"every": 5}, "batch": {"rows": 2}}
     undisturbed = make_config(run={"name": "undisturbed", "steps": 11}, **settings)
     assert train(undisturbed) == 0
     killed = make_config(run={"name": "killed", "steps": 11}, **settings)
     assert train_child(killed, step=7, act=KILL)[0] == -signal.SIGKILL
-    assert train(killed) == 0
+    go_on(killed, step=5)
     assert read_lines(killed) == read_lines(undisturbed)
     assert [line["step"] for line in read_lines(killed)] == [0, 1, 3, 6, 9, 11, 11]
 
 
-def test_a_torn_last_line_of_metrics_is_mended(make_config, train, monkeypatch, read_lines):
+def test_a_torn_last_line_of_metrics_is_mended(make_config, train, go_on, monkeypatch, read_lines):
     settings = {"checkpoint": {"every": 2}}
     undisturbed, torn = (make_config(run={"name": name}, **settings) for name in ("undisturbed", "torn"))
     assert train(undisturbed) == 0
@@ -198,11 +225,11 @@ def test_a_torn_last_line_of_metrics_is_mended(make_config, train, monkeypatch, 
             train(torn)
     with (torn.run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 4, "lo')
-    assert train(torn) == 0
+    go_on(torn, step=2)
     assert read_lines(torn) == read_lines(undisturbed)
 
 
-def test_a_run_resumes_with_another_micro_batch(make_config, train, monkeypatch, read_lines):
+def test_a_run_resumes_with_another_micro_batch(make_config, train, go_on, monkeypatch, read_lines):
     def config(name: str, micro_rows: int):
         return make_config("sft", "full", run={"name": name}, batch={"micro_rows": micro_rows}, checkpoint={"every": 3})
 
@@ -211,7 +238,7 @@ def test_a_run_resumes_with_another_micro_batch(make_config, train, monkeypatch,
         at(patch, "trainer.loop.learning_rate", kill, call=5)
         with pytest.raises(Killed):
             train(config("changed", 4))
-    assert train(config("changed", 1)) == 0
+    go_on(config("changed", 1), step=3)
     expected, found = (
         [line["loss"] for line in read_lines(config(name, 1)) if line["kind"] == "train"]
         for name in ("whole", "changed")
@@ -220,7 +247,7 @@ def test_a_run_resumes_with_another_micro_batch(make_config, train, monkeypatch,
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(make_config, train, monkeypatch, read_lines, capfd):
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(make_config, train, go_on, monkeypatch, read_lines):
     settings = {"checkpoint": {"every": 2}}
     undisturbed, killed = (make_config(run={"name": name}, **settings) for name in ("undisturbed", "killed"))
     assert train(undisturbed) == 0
@@ -230,10 +257,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(make_config, train, mo
             train(killed)
     newest = killed.run.folder / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert train(killed) == 0
-    said = capfd.readouterr().err
-    assert "checkpoint skipped" in said
-    assert "step-00000002" in said
+    go_on(killed, step=2)
     assert read_lines(killed) == read_lines(undisturbed)
     assert weights(killed) == weights(undisturbed)
 
@@ -244,6 +268,44 @@ def test_a_finished_run_started_again_changes_nothing(make_config, train):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(config)}
     assert train(config) == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(config)} == before
+
+
+@pytest.mark.parametrize("status", ["{", "[]", '{"state": "running"}'])
+def test_a_broken_status_and_broken_metrics_never_keep_a_run_from_going_on(
+    make_config, train, go_on, monkeypatch, read_lines, status
+):
+    settings = {"checkpoint": {"every": 2}}
+    undisturbed, broken = (make_config(run={"name": name}, **settings) for name in ("undisturbed", "broken"))
+    assert train(undisturbed) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "trainer.loop.learning_rate", kill, call=4)
+        with pytest.raises(Killed):
+            train(broken)
+    (broken.run.folder / "status.json").write_text(status)
+    metrics = broken.run.folder / "metrics.jsonl"
+    metrics.write_text("null\n[]\n{}\n" + metrics.read_text())
+    go_on(broken, step=2)
+    assert read_lines(broken) == read_lines(undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(make_config, train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"run\.dir: .*/file/run cannot be written \(Not a directory\)"):
+        train(make_config(run={"dir": str(tmp_path / "file")}))
+
+
+def test_a_base_model_that_changed_is_refused_by_a_run_that_goes_on(make_config, train, base_model, tmp_path):
+    shutil.copytree(base_model, tmp_path / "base")
+
+    def config(steps: int):
+        model = {"path": str(tmp_path / "base")}
+        return make_config("sft", "lora", run={"steps": steps}, model=model, checkpoint={"every": 2})
+
+    assert train(config(2)) == 0
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="the base model changed"):
+        train(config(4))
 
 
 def files(config):

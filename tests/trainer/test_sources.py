@@ -72,6 +72,9 @@ FLIPPED[-8] ^= 0xFF  # in the checksum
         ("a.csv", b"text,label\n", ["data.train: no rows in PATH"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["PATH, line 2", "not JSON"]),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', ["PATH, line 2", "a list"]),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, ["PATH, line 2", "not JSON"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', ["PATH, line 2", "not Unicode text"]),
+        ("a.csv", b"text,label,text\na,b,c\n", ["PATH, line 1", "two columns are named 'text'"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["PATH, line 2", "not UTF-8"]),
         ("a.csv", b"text\na\n\xff\n", ["PATH, line 3", "not UTF-8"]),
         ("a.txt", b"a\nb\xff\n", ["PATH, line 2", "not UTF-8"]),
@@ -87,6 +90,11 @@ FLIPPED[-8] ^= 0xFF  # in the checksum
 def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path, name, data, said):
     message = refusal(tmp_path, name, data)
     assert all(part in message for part in said), message
+
+
+def test_escaped_letters_of_any_plane_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\u00fc \\ud83d\\ude00"}\n')
+    assert list(read_rows(tmp_path / "a.jsonl")) == [{"text": "ü 😀"}]
 
 
 def test_a_folder_is_not_a_data_file(tmp_path):

@@ -92,6 +92,11 @@ def test_an_unknown_target_is_refused_by_name(base):
         STRATEGIES["lora"](base, Lora(type="lora", targets=["no_such_layer"]))
 
 
+def test_targets_that_are_no_pattern_are_refused(base):
+    with pytest.raises(BadInput, match=r"strategy\.targets: '\(' found"):
+        STRATEGIES["lora"](base, Lora(type="lora", targets="("))
+
+
 def test_shared_weights_are_counted_once(base):
     learning, total = count_parameters(STRATEGIES["full"](base, Full(type="full")))
     assert learning == total == sum(p.numel() for p in {id(p): p for p in base.parameters()}.values())

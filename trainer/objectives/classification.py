@@ -45,8 +45,8 @@ class ClassificationObjective(Objective):
 
     def _label(self, row: dict[str, Any], index: int) -> str:
         label = self.column(row, index, "label")
-        if not isinstance(label, str | int | float) or label == "":
-            raise DataError(f"data.label: {place(row, index)}: {label!r} found; expected a class name or number")
+        if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+            raise DataError(f"data.label: {place(row, index)}: {label!r} found; expected a name or a whole number")
         return str(label)
 
     def to_rows(self, examples: list[Example], max_length: int) -> list[Row]:
