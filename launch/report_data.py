@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from launch import config_file
 from serving.directory import BadInput
+from trainer.run_folder import parse_metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +109,6 @@ def read_metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if len(rows) < len(lines):
         problems.append(f"metrics.jsonl: {len(lines) - len(rows)} unreadable lines left out")
     return rows
-
-
-def parse_metric(line: str) -> dict[str, Any]:
-    """Return one line of a metrics file, or an empty dict if it is no object with a step."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
 
 
 def mapping(values: dict[str, Any], key: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from launch import report_data
 from launch.processes import Group
+from trainer.run_folder import parse_metric
 
 POLL_S = 0.3
 
@@ -91,7 +92,7 @@ class Tail:
         except FileNotFoundError:
             return []
         *lines, self._rest = text.split(b"\n")
-        return [row for row in (report_data.parse_metric(line.decode(errors="replace")) for line in lines) if row]
+        return [row for row in (parse_metric(line.decode(errors="replace")) for line in lines) if row]
 
 
 class ShowProgress(tune.Callback):

@@ -55,7 +55,9 @@ def train(config: RunConfig) -> int:
         raise
     except BaseException as error:
         if _rank() == 0 and config.run.folder.is_dir():
-            step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
+            step = getattr(error, "step", None)
+            if step is None:
+                step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
             code = 130 if isinstance(error, KeyboardInterrupt) else 1
             run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=repr(error))
         raise
