@@ -46,7 +46,8 @@ def load(path: Path, overrides: list[str], model: type[Config]) -> Config:
     try:
         return model.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error, model)}") from None
+        where = f"{path} with {' '.join(overrides)}" if overrides else path
+        raise ConfigError(f"{where}: {_explain(error, model)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -106,7 +107,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    first, *others = error.errors()
+    # An unknown key first: it is often why another one is missing.
+    first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     more = f" (and {len(others)} more: {', '.join(_dotted(e['loc'], model) for e in others)})" if others else ""
     return _explain_one(first, model) + more
 
@@ -115,8 +117,9 @@ def _explain_one(error: Any, model: type[BaseModel]) -> str:
     name, found = _dotted(error["loc"], model), error["input"]
     if error["type"] == "extra_forbidden":
         parent, _, key = name.rpartition(".")
-        near = difflib.get_close_matches(key, _keys_at(model, error["loc"][:-1]), n=1, cutoff=0)
-        return f"{name}: unknown key; did you mean {f'{parent}.' if parent else ''}{near[0] if near else '?'}?"
+        accepted = _keys_at(model, error["loc"][:-1])
+        near = f"{parent}.{_nearest(key, accepted)}".removeprefix(".")
+        return f"{name}: unknown key; did you mean {near}? accepted there: {', '.join(accepted)}"
     if error["type"] == "missing":
         return f"{name}: missing; add it"
     if error["type"] == "value_error":
@@ -127,6 +130,12 @@ def _explain_one(error: Any, model: type[BaseModel]) -> str:
         return f"{name}.type: {found!r} found; accepted: {accepted}" if accepted else f"{name}.type: missing; add it"
     accepted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{name}: {found!r} found; accepted: {accepted}"
+
+
+def _nearest(key: str, accepted: list[str]) -> str:
+    """The key that was most likely meant: the initials (`learning_rate` for lr), else the closest spelling."""
+    initials = "".join(word[:1] for word in key.split("_"))
+    return initials if initials in accepted else difflib.get_close_matches(key, accepted, n=1, cutoff=0)[0]
 
 
 def _dotted(location: tuple[Any, ...], model: type[BaseModel]) -> str:

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from serving.verify import VerificationFailed, verify
 
+_COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
+
 
 def export(model: Path, onnx_dir: Path) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
@@ -29,6 +31,7 @@ def export(model: Path, onnx_dir: Path) -> int:
     finally:
         signal.signal(signal.SIGTERM, former)
     print_record(onnx_dir, record)
+    console.print(f"next: trivet serve {onnx_dir}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -66,6 +69,6 @@ def check_rows(record: dict[str, Any]) -> list[list[str]]:
     """Return one row for each check: its name, what was found and how much was looked at, whether it passed."""
     rows = []
     for name, check in record["checks"].items():
-        counts = [f"{value:,} {key.replace('_', ' ')}" for key, value in check.items() if type(value) is int]
+        counts = [f"{check[key]:,} {key.replace('_', ' ')}" for key in _COUNTS if key in check]
         rows.append([name.replace("_", " "), "; ".join([check["found"], *counts]), "yes" if check["passed"] else "NO"])
     return rows

@@ -2,6 +2,8 @@
 
 import contextlib
 import resource
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,7 +44,7 @@ console = Console(stderr=True)
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def quickstart(folder: Path) -> int:
@@ -178,10 +180,11 @@ def _say_what_next(outcome: Outcome, page: Path) -> None:
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     verdict = f"{len(outcome.failures)} claims FAILED" if outcome.failures else "every claim holds"
     _say(f"\n{verdict}; {total:.0f} s, peak memory {peak:.1f} GiB. Report: {page}")
+    trivet = "trivet" if shutil.which("trivet") else sys.argv[0]
     _say(
         "\nTry next:\n"
-        f"  trivet serve {outcome.folder}/onnx                         # then open http://127.0.0.1:8000\n"
-        f'  trivet generate {outcome.folder}/onnx --prompt "What does `textwrap.dedent` do?"\n'
-        "  trivet train configs/sft_lora.yaml optim.lr=1e-3 run.name=slower\n"
-        "  trivet sweep configs/sweep_strategies.yaml"
+        f"  {trivet} serve {outcome.folder}/onnx                         # then open http://127.0.0.1:8000\n"
+        f"  {trivet} generate {outcome.folder}/onnx --prompt 'What does `textwrap.dedent` do?'\n"
+        f"  {trivet} train configs/sft_lora.yaml optim.lr=1e-3 run.name=slower\n"
+        f"  {trivet} sweep configs/sweep_strategies.yaml"
     )

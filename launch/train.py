@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0].startswith("-"):
         return _end(2, "usage: python -m launch.train CONFIG [section.key=value ...]")
     try:
-        code = train(config_file.load(Path(arguments[0]), arguments[1:], RunConfig))
+        config = config_file.load(Path(arguments[0]), arguments[1:], RunConfig)
+        code = train(config)
+        if code == 0:
+            _say(f"model: {config.run.folder}/model; next: {_next_command(config)}")
     except BadInput as error:
         return _end(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(config: RunConfig) -> int:
     """Train a validated config, making its base model first where that is missing; return the exit code."""
     if is_finished(config):
-        print(f"{config.run.folder}: already finished; change run.name to train again", file=sys.stderr)
+        _say(f"{config.run.folder}: already finished; change run.name to train again")
         return 0
     from launch.base_model import ensure_base_model
 
@@ -107,11 +110,10 @@ def is_finished(config: RunConfig) -> bool:
         return False
     if status["step"] > config.run.steps:
         raise ConfigError(f"run.steps: {config.run.steps} found, but the run stands at step {status['step']}; raise it")
-    if "run.steps" in different and config.optim.schedule != "constant" and _rank() == 0:
-        print(
+    if "run.steps" in different and config.optim.schedule != "constant":
+        _say(
             f"run.steps was {earlier.run.steps} and is {config.run.steps}: the {config.optim.schedule} schedule of the "
-            f"steps to come follows the new length, so this is not the run that {config.run.steps} steps at once give",
-            file=sys.stderr,
+            f"steps to come follows the new length, so this is not the run that {config.run.steps} steps at once give"
         )
     products = [config.run.folder / "model" / MANIFEST, config.run.folder / "result.json"]
     is_done = status["state"] == "done" and status["step"] >= config.run.steps
@@ -120,10 +122,22 @@ def is_finished(config: RunConfig) -> bool:
 
 def _end(code: int, message: str = "") -> int:
     """Say why the run ended, once, and leave the code where a group above the launcher looks for it."""
-    if message and _rank() == 0:
-        print(message, file=sys.stderr)
+    if message:
+        _say(message)
     processes.report_exit(code, message)
     return 0 if code == 75 and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def _say(text: str) -> None:
+    """Print a line, once for all ranks."""
+    if _rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def _next_command(config: RunConfig) -> str:
+    if config.objective.type == "classification":
+        return f"trivet report {config.run.folder}"
+    return f"trivet export {config.run.folder} onnx/{config.run.name}"
 
 
 def _rank() -> int:

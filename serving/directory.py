@@ -122,7 +122,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise DirectoryError(f"{folder}: format_version {version}; this Trivet reads up to {FORMAT_VERSION}: upgrade")
     if manifest.get("kind") != kind:
-        raise DirectoryError(f"{folder}: is a {manifest.get('kind')} directory; expected a {kind} directory")
+        fix = "; make one with: trivet export" if kind == "onnx" else ""
+        raise DirectoryError(f"{folder}: its {MANIFEST} says {manifest.get('kind')!r}; expected {kind!r}{fix}")
     return manifest
 
 

@@ -82,7 +82,7 @@ class Terminal:
             self.say(f"step {step}/{self.total_steps}: {shown}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         self._progress.stop()
@@ -90,7 +90,8 @@ class Terminal:
     @staticmethod
     def say_once(text: str) -> None:
         """Print a line outside any progress bar."""
-        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+        console = Console(stderr=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def peak_memory_bytes() -> int:
