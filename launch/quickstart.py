@@ -69,7 +69,7 @@ def quickstart(folder: Path) -> int:
             _decode(outcome, sft.run.folder / "model", onnx_dir)
         with _stage(outcome, 6, "serving: one chat question over HTTP"):
             _serve(outcome, onnx_dir)
-    with _stage(outcome, 7, "report"):
+    with _stage(outcome, 7, "report"), _bar("drawing", None):
         page = _report(outcome, [pretrain.run.folder, sft.run.folder])
     _say_what_next(outcome, page)
     return 1 if outcome.failures else 0
