@@ -5,7 +5,7 @@
 # make lint | format | types | clean
 #
 # PYTHON=python3.12       another interpreter (3.11 or newer)
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu       the small CPU build of torch, where that site can be reached
+# PIP_EXTRA_INDEX_URL=URL      an index with the small CPU build of torch, where you reach one
 
 PYTHON ?= python3
 VENV := .venv
