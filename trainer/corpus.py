@@ -6,6 +6,7 @@ occurs in the training part (shared docstrings are common) is dropped.
 """
 
 import ast
+import functools
 import hashlib
 import sysconfig
 import textwrap
@@ -45,7 +46,16 @@ class Item:
 
 def read_items(root: Path | None = None) -> list[Item]:
     """Return every documented item of the standard library (or of the tree at `root`), in a fixed order."""
-    root = root or Path(sysconfig.get_path("stdlib"))
+    return _read_tree(root) if root else _read_once(Path(sysconfig.get_path("stdlib")))
+
+
+@functools.cache
+def _read_once(root: Path) -> list[Item]:
+    """The standard library does not change under a running interpreter, and parsing it takes seconds."""
+    return _read_tree(root)
+
+
+def _read_tree(root: Path) -> list[Item]:
     return [item for path in _source_files(root) for item in _items_of(path, path.relative_to(root))]
 
 
