@@ -158,7 +158,7 @@ def serve(
     provider: Provider = "cpu",
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
-    from launch.generate import read_keys
+    from launch.api_keys import read_keys
     from serving.server import serve
 
     serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)

@@ -1,4 +1,4 @@
-"""`trivet generate` and the key file of `trivet serve`."""
+"""`trivet generate`: one prompt, or the rows of a file."""
 
 import contextlib
 import io
@@ -88,16 +88,3 @@ def _writing(output: Path | None) -> Iterator[TextIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def read_keys(path: Path | None) -> list[str] | None:
-    """Return the API keys in a file, one a line, blank lines apart. Raises BadInput if it is missing or holds none."""
-    if path is None:
-        return None
-    try:
-        keys = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--api-key-file: {path} cannot be read ({error.__class__.__name__}); check the path") from None
-    if not keys:
-        raise BadInput(f"--api-key-file: {path} holds no key; write one a line")
-    return keys
