@@ -1,13 +1,15 @@
-"""Offline batches: rows of a JSONL file -> rows with the generated text, in the order of the input."""
+"""Offline batches: rows of a JSONL file -> rows with the generated text or the label, in the order of the input."""
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from serving.directory import BadInput
 from serving.engine import Engine
 from serving.request import QueueFull, Request, Sampling
+from serving.tasks import Classifier
 from serving.text import Text
 
 Row = dict[str, Any]
@@ -17,13 +19,32 @@ class RowError(BadInput):
     """An input row that cannot be answered; says which one and why."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSONL file, each with `prompt` or `messages`. Raises RowError naming the first bad line."""
+def check_prompt(row: Row, where: str) -> None:
+    """Raise RowError unless the row has a `prompt` or `messages`."""
+    if not {"prompt", "messages"} & row.keys():
+        raise RowError(f"{where}: has neither `prompt` nor `messages`; add one")
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+    elif not isinstance(row["prompt"], str):
+        raise RowError(f"{where}: `prompt` is a {type(row['prompt']).__name__}; expected text")
+
+
+def check_text(row: Row, where: str) -> None:
+    """Raise RowError unless the row has a `text`."""
+    if not isinstance(row.get("text"), str):
+        found = f"`text` is a {type(row['text']).__name__}" if "text" in row else "has no `text`"
+        raise RowError(f"{where}: {found}; expected the text to classify in it")
+
+
+def read_rows(path: Path, check: Callable[[Row, str], None] = check_prompt) -> list[Row]:
+    """Return the rows of a JSONL file, each passed by `check`. Raises RowError naming the first bad line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line separators as they are
     except (OSError, UnicodeDecodeError) as error:
         raise RowError(f"--input: {path} cannot be read ({error}); expected a UTF-8 JSONL file") from None
-    rows = [_parse(line, f"--input: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [
+        _parse(line, f"--input: {path}, line {number}", check) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not rows:
         raise RowError(f"--input: {path} has no rows; expected one JSON object a line")
     return rows
@@ -75,6 +96,30 @@ def generate(
         }
 
 
+def predict(
+    classifier: Classifier, rows: list[Row], *, on_finish: Callable[[int], None] | None = None
+) -> Iterator[Row]:
+    """Classify all rows one by one; yield `{id, label, score, scores, truncated}` in the order of the rows.
+
+    `on_finish` is called with the number of finished rows. A row that the model failed on becomes `{id, error}`.
+    Raises RowError before any answer if a row is no valid text.
+    """
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            encoded.append(classifier.encode(row["text"]))
+        except BadInput as error:
+            raise RowError(f"row {number}: {error}") from None
+    for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), 1):
+        try:
+            answer = asdict(classifier.answer(tokens))
+        except FloatingPointError as error:
+            answer = {"error": str(error)}
+        yield {"id": row.get("id", str(number)), **answer}
+        if on_finish is not None:
+            on_finish(number)
+
+
 def _run(engine: Engine, requests: list[Request], on_finish: Callable[[int], None]) -> None:
     waiting = list(reversed(requests))
     finished = 0
@@ -91,17 +136,14 @@ def _run(engine: Engine, requests: list[Request], on_finish: Callable[[int], Non
             on_finish(finished)
 
 
-def _parse(line: str, where: str) -> Row:
+def _parse(line: str, where: str, check: Callable[[Row, str], None]) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{where}: not JSON ({error}); mend or remove the line") from None
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
-        raise RowError(f"{where}: has neither `prompt` nor `messages`; add one")
-    if "messages" in row:
-        _check_messages(row["messages"], where)
-    elif not isinstance(row["prompt"], str):
-        raise RowError(f"{where}: `prompt` is a {type(row['prompt']).__name__}; expected text")
+    if not isinstance(row, dict):
+        raise RowError(f"{where}: is a {type(row).__name__}; expected an object, {{...}}")
+    check(row, where)
     return row
 
 

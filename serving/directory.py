@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+from serving import format_version
+
 MANIFEST = "trivet.json"
 VERIFICATION = "verification.json"
 REFERENCE = "reference.safetensors"
@@ -32,7 +33,11 @@ class BadInput(Exception):
 
 
 class DirectoryError(BadInput):
-    """A directory that is missing, incomplete, altered, of another kind, or written by a newer Trivet."""
+    """A directory that is missing, incomplete, altered or of another kind."""
+
+
+class NewerFormat(DirectoryError):
+    """What a newer Trivet wrote in a format that this one does not know."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -87,14 +92,19 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def stamp() -> dict[str, Any]:
+    """Return the fields that every JSON file of Trivet starts with: `format_version`, and `trivet`, the writer's."""
+    return format_version.stamp()
+
+
 def seal(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
-    """Write `trivet.json` into `folder`: format_version, kind, `fields`, and the sha256 of every other file there."""
+    """Write `trivet.json` into `folder`: the stamp, kind, `fields`, and the sha256 of every other file there."""
     files = {
         str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, VERIFICATION)
     }
-    manifest = {"format_version": FORMAT_VERSION, "kind": kind, **fields, "files": files}
+    manifest = {**stamp(), "kind": kind, **fields, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -102,29 +112,40 @@ def seal(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[str, Any]:
     """Return the manifest of the directory, without hashing its files (see `check_files`).
 
+    It is in today's format; `as_written` leaves an older one as it is, for what was computed from it then.
     Raises DirectoryError if the folder or its manifest is missing, unreadable, of another kind or a newer format.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = current(folder, written)
     except FileNotFoundError:
         raise DirectoryError(f"{folder}: has no {MANIFEST}, so it is not a Trivet {kind} directory") from None
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{folder / MANIFEST}: cannot be read ({error}); make the directory again") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
+    if not written.get("format_version"):
         raise DirectoryError(f"{folder / MANIFEST}: no format_version; make the directory again")
-    if version > FORMAT_VERSION:
-        raise DirectoryError(f"{folder}: format_version {version}; this Trivet reads up to {FORMAT_VERSION}: upgrade")
     if manifest.get("kind") != kind:
         fix = "; make one with: trivet export" if kind == "onnx" else ""
         raise DirectoryError(f"{folder}: its {MANIFEST} says {manifest.get('kind')!r}; expected {kind!r}{fix}")
-    return manifest
+    return written if as_written else manifest
+
+
+def current(path: Path, content: Any) -> dict[str, Any]:
+    """Return the content of Trivet's JSON file at `path` in today's format, upgraded where it is older.
+
+    Raises NewerFormat where a newer Trivet wrote it, and ValueError where it is no object.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    if format_version.is_newer(content):
+        raise NewerFormat(f"{path}: {format_version.refusal(content)}")
+    return format_version.upgraded(content)
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -158,53 +179,6 @@ def sha256(path: Path) -> str:
     """Return the file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- verification records --------------------------------------------------------------------------------------------
-
-
-def append_verification(folder: Path, record: dict[str, Any]) -> None:
-    """Add one verification record (`provider`, `onnxruntime`, `identity`, `passed`, `checks`, ...), newest last."""
-    path = folder / VERIFICATION
-    try:
-        records = _read_records(path)
-    except (FileNotFoundError, ValueError):  # where they cannot be read, the new one stands alone
-        records = []
-    write_json(path, {"format_version": FORMAT_VERSION, "records": [*records, record]})
-
-
-def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:
-    """Return the newest verification record for this provider and onnxruntime version.
-
-    Raises DirectoryError when there is none, when it failed, or when it is stale (other files, other onnxruntime).
-    """
-    fix = f"run: trivet verify {folder} --provider {provider}"
-    try:
-        records = _read_records(folder / VERIFICATION)
-    except FileNotFoundError:
-        raise DirectoryError(f"{folder}: never verified; {fix}") from None
-    except (OSError, ValueError) as error:
-        raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
-    mine = [record for record in records if record.get("provider") == provider]
-    if not mine:
-        raise DirectoryError(f"{folder}: not verified on provider {provider}; {fix}")
-    newest = mine[-1]
-    if not newest.get("passed"):
-        raise DirectoryError(f"{folder}: its verification on {provider} failed: {newest.get('reason')}; export again")
-    if newest.get("identity") != identity(folder):
-        raise DirectoryError(f"{folder}: its verification is of other files (stale); {fix}")
-    if newest.get("onnxruntime") != onnxruntime:
-        found = newest.get("onnxruntime")
-        raise DirectoryError(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
-    return newest
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    records = whole.get("records") if isinstance(whole, dict) else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("it holds no list of records")
-    return records
 
 
 # --- the file system -------------------------------------------------------------------------------------------------

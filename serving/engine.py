@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from serving.directory import BadInput, check_files, read_manifest, require_verified
+from serving.directory import BadInput
 from serving.forward import Forward
+from serving.manifest import proven_manifest
 from serving.request import FinishReason, QueueFull, Request, Sampling
 from serving.sampler import greedy, sample
 from serving.scheduler import Scheduler, Work
-from serving.session import Session, check_provider, onnxruntime_version
+from serving.session import Session
 
 __all__ = ["Engine", "QueueFull"]
 
 NEAR_TIE = 1e-4  # two fp32 logits closer than this may change places when the batch around them changes
 DEFAULT_STEP_TOKENS = 128
 DEFAULT_MAX_LENGTH = 2048
-
-# What the engine, and those who open one, read of the manifest.
-_FIELDS = ("task", "vocab_size", "num_layers", "num_kv_heads", "head_dim", "context_length", "end_token_ids", "source")
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +71,7 @@ class Engine:
         this provider and this onnxruntime, and when the provider is not there.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder, "onnx")
-        check_provider(provider)
-        check_files(folder, manifest)
-        require_verified(folder, provider, onnxruntime_version())
-        check_fields(folder, manifest)
+        manifest = proven_manifest(folder, provider, "causal_lm")
         return cls(manifest, Session.open(folder, provider=provider, threads=threads), **settings)
 
     @property
@@ -223,15 +217,6 @@ class Engine:
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
             bad = next(each for each in prompt_ids if not 0 <= each < vocab_size)
             raise BadInput(f"prompt: token id {bad} is out of range; accepted: 0 to {vocab_size - 1}")
-
-
-def check_fields(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise BadInput unless the manifest is a causal language model's and has what the engine reads of it."""
-    missing = [name for name in _FIELDS if name not in manifest]
-    if missing:
-        raise BadInput(f"{folder}: its manifest has no {', '.join(missing)}; export the model again")
-    if manifest["task"] != "causal_lm":
-        raise BadInput(f"{folder}: its task is {manifest['task']}; this engine decodes causal_lm only")
 
 
 def _check_range(name: str, value: int, lowest: int, highest: int) -> None:

@@ -1,13 +1,20 @@
 """The only file that knows onnxruntime: open a graph on the provider that was asked for, bind its memory, run it."""
 
+import contextlib
+import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import onnxruntime as ort
 
 from serving.directory import BadInput
+
+# Before the import, and here too for who serves without the command line: it would send its maker the names and hashes
+# of models, and keep a device id in the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH = "model.onnx"
@@ -43,6 +50,10 @@ class Session:
             if threads < 1:
                 raise BadInput(f"threads: {threads} is out of range; accepted: 1 or more, or leave it out")
             options.intra_op_num_threads = threads
+        if provider == "cuda":
+            # Its libraries come as Python packages; nothing but this tells the loader where they are.
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints those that it does not find
+                ort.preload_dlls()
         session = ort.InferenceSession(str(Path(folder) / GRAPH), options, providers=[PROVIDERS[provider]])
         _check_started(provider, session.get_providers()[0])
         return cls(session, provider)

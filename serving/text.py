@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from serving.chat_template import ChatTemplate
 from serving.directory import BadInput
@@ -22,6 +22,7 @@ class Text:
 
     def __init__(self, tokenizer_json: str, config: Mapping[str, Any], chat_template: str | None) -> None:
         self._json = tokenizer_json
+        self._cut_side = config.get("truncation_side", "right")
         self._tokenizer = _load(tokenizer_json)
         self._template = None if chat_template is None else ChatTemplate(chat_template, _named_tokens(config))
         added = self._tokenizer.get_added_tokens_decoder()
@@ -56,6 +57,18 @@ class Text:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`; special tokens written out in it are taken as such, like transformers does."""
         return self._encode(self._tokenizer, text, add_special_tokens)
+
+    def encode_cut(self, text: str, max_length: int) -> tuple[list[int], bool]:
+        """Return at most `max_length` ids of `text`, the special tokens around it kept, and whether it was cut.
+
+        Like transformers with `truncation=True, max_length=...`.
+        """
+        room = max_length - self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        encoding = self._encoding(self._tokenizer, text, add_special_tokens=False)
+        is_cut = len(encoding.ids) > room
+        if is_cut:
+            encoding.truncate(max(room, 0), direction=self._cut_side)
+        return self._tokenizer.post_process(encoding, add_special_tokens=True).ids, is_cut
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -117,10 +130,14 @@ class Text:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @classmethod
+    def _encode(cls, tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        return cls._encoding(tokenizer, text, add_special_tokens).ids
+
     @staticmethod
-    def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    def _encoding(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:  # what tokenizers makes of a string that is not UTF-8
             raise BadInput("text: holds half of a surrogate pair, which is no character; send valid Unicode") from None
 

@@ -1,23 +1,27 @@
 """Export: a trained model directory becomes an ONNX directory that is proven equal to it, or nothing at all."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from serving.directory import DirectoryError, append_verification, read_manifest, seal, staged
+from serving.directory import DirectoryError, read_manifest, seal, staged
+from serving.export import classifier, decoder
 from serving.export.attention import ExportError
-from serving.export.graph import quiet, write_graph
-from serving.export.reference import write_reference
+from serving.export.graph import quiet
 from serving.export.source import Source, find_model, open_source
+from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
 __all__ = ["ExportError", "VerificationFailed", "export_model"]
+
+# Each has write_reference, write_graph and write_settings.
+EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, "classification": classifier}
 
 
 def export_model(
@@ -36,17 +40,21 @@ def export_model(
     report("reading the model")
     with quiet():
         opened = open_source(Path(source))
+        exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
     with staged(onnx_dir) as folder:
         report("running the source model")
         with quiet():
-            write_reference(model, tokenizer, folder)
+            exporter.write_reference(model, tokenizer, opened, folder)
         report("writing the graph")
-        inputs, outputs = write_graph(model, opened, folder / GRAPH)
+        inputs, outputs = exporter.write_graph(model, opened, folder / GRAPH)
         with quiet():
-            _write_text_files(opened, model, tokenizer, folder)
-        seal(folder, "onnx", **_manifest(opened, model, tokenizer), inputs=inputs, outputs=outputs)
+            # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
+            tokenizer.save_pretrained(folder)
+            fields = exporter.write_settings(model, tokenizer, opened, folder)
+        manifest = {**_manifest(opened, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
+        seal(folder, "onnx", **manifest)
         record = prove(folder, "cpu", progress=report)
         append_verification(folder, record)
         if not record["passed"]:
@@ -69,29 +77,13 @@ def _check_target(onnx_dir: Path, model_dir: Path) -> None:
             raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
 
 
-def _write_text_files(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    # Written by transformers, not copied: for some classes it changes what tokenizer.json says when it loads it.
-    tokenizer.save_pretrained(folder)
-    settings = source.folder / "generation_config.json"
-    if settings.is_file():
-        shutil.copyfile(settings, folder / settings.name)
-    else:
-        model.generation_config.to_json_file(folder / settings.name)
-
-
-def _manifest(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _manifest(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     template = tokenizer.chat_template
     return {
-        "task": "causal_lm",
+        "task": source.task,
         "architecture": source.architecture,
         "dtype": "fp32",
         "quantization": None,
-        "num_layers": source.num_layers,
-        "num_kv_heads": source.kv_shape.num_kv_heads,
-        "head_dim": source.kv_shape.head_dim,
-        "vocab_size": source.config.vocab_size,
-        "context_length": source.config.max_position_embeddings,
-        "end_token_ids": _end_token_ids(model, tokenizer),
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
         "source": source.provenance,
@@ -101,13 +93,3 @@ def _manifest(source: Source, model: PreTrainedModel, tokenizer: PreTrainedToken
             "onnxruntime": onnxruntime_version(),
         },
     }
-
-
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: what generation_config.json says, else the tokenizer's end token."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return []
-    return sorted(ids) if isinstance(ids, list) else [ids]

@@ -67,7 +67,7 @@ def write_graph(model: PreTrainedModel, source: Source, path: Path) -> tuple[lis
     """
     attention = InPlaceAttention()
     model.set_attn_implementation(attention.register())
-    names = cache_names(source.num_layers)
+    names = cache_names(len(source.layers))
     inputs, dynamic_shapes = _example(source)
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -81,16 +81,24 @@ def write_graph(model: PreTrainedModel, source: Source, path: Path) -> tuple[lis
             verbose=False,
         )
         program.model.opset_imports["com.microsoft"] = 1
+        forget_source_lines(program)
         program.save(path, external_data=True)
     graph = program.model.graph
     return [each.name for each in graph.inputs], [each.name for each in graph.outputs]
 
 
+def forget_source_lines(program: torch.onnx.ONNXProgram) -> None:
+    """Take the tracer's stack traces out of the graph: they name folders of the machine that exports, and its user."""
+    for node in program.model.graph.all_nodes():
+        for each in (node, *node.outputs):
+            each.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
 def _example(source: Source) -> tuple[dict, dict]:
     """Return inputs to trace with, and which of their sizes may change."""
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
-    kv = source.kv_shape
-    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * source.num_layers)]
+    kv = source.layers[0]
+    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * len(source.layers))]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),

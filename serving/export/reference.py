@@ -18,13 +18,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from serving.directory import REFERENCE
 from serving.export.attention import ExportError
+from serving.export.source import Source
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
 LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach
 NUM_NEW_TOKENS = 24
 NUM_KEPT_LOGITS = max(PROMPT_LENGTHS) + NUM_NEW_TOKENS - 1  # all of the others; the file stays small
 
-_TEXTS = (
+TEXTS = (
     "The library reads the file line by line and returns a list of strings.",
     "Grüße aus Köln! Привет, мир. 東京は日本の首都です。 שלום 🙂👩‍🚀",
     "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n\n\tprint(area(2))  # 12.56636",
@@ -42,23 +43,33 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
     """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors."""
-    prompts = _prompts(tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
+    prompts = _prompts(tokenizer, source.config.vocab_size, source.config.max_position_embeddings)
     tensors = {"prompt_lengths": np.array([len(prompt) for prompt in prompts])}
     for index, prompt in enumerate(prompts):
         ids = _generate(model, prompt)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids[:-1]])).logits
-        if not torch.isfinite(logits).all():
-            raise ExportError(f"{model.name_or_path}: the model's logits are not finite; was its training diverging?")
+        check_finite(logits, source)
         tensors[f"ids.{index}"] = np.array(ids)
         tensors[f"logits.{index}"] = logits[0, -NUM_KEPT_LOGITS:].float().numpy()
     metadata = {
-        "texts": json.dumps(_text_cases(tokenizer)),
+        "texts": json.dumps(text_cases(tokenizer)),
         "chats": json.dumps(_chat_cases(tokenizer)),
         "decoded": json.dumps(_decoded_cases(tokenizer, tensors)),
     }
+    save_reference(folder, tensors, metadata)
+
+
+def check_finite(logits: torch.Tensor, source: Source) -> None:
+    """Raise ExportError where the source itself answers with infinities or NaN."""
+    if not torch.isfinite(logits).all():
+        raise ExportError(f"{source.folder}: the model's logits are not finite; was its training diverging?")
+
+
+def save_reference(folder: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write `folder`/reference.safetensors."""
     # Not save_file: it makes the file readable by its owner alone, and another user may be the one who serves.
     (folder / REFERENCE).write_bytes(save(tensors, metadata=metadata))
 
@@ -67,7 +78,7 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, context_length
     """Return prompts of several lengths, cut from real text at different places."""
     longest = min(LONG_PROMPT, context_length - NUM_NEW_TOKENS)
     lengths = [*(length for length in PROMPT_LENGTHS if length < longest), longest]
-    ids = tokenizer("\n".join(_TEXTS * 2), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("\n".join(TEXTS * 2), add_special_tokens=False)["input_ids"]
     ids *= -(-sum(lengths) // len(ids))
     if max(ids) >= vocab_size:
         raise ExportError(f"the tokenizer gives id {max(ids)}, but the model has only {vocab_size} embeddings")
@@ -91,8 +102,9 @@ def _generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return ids
 
 
-def _text_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    texts = [*_TEXTS, "", " ".join(tokenizer.all_special_tokens)]
+def text_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return texts of many kinds with their ids."""
+    texts = [*TEXTS, "", " ".join(tokenizer.all_special_tokens)]
     return [
         {
             "text": text,
@@ -119,7 +131,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 def _decoded_cases(tokenizer: PreTrainedTokenizerBase, tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     rows = [tensor.tolist() for name, tensor in tensors.items() if name.startswith("ids.")]
-    rows += [case["ids"] for case in _text_cases(tokenizer)]
+    rows += [case["ids"] for case in text_cases(tokenizer)]
     return [
         {"ids": ids, "skip_special_tokens": skip, "text": tokenizer.decode(ids, skip_special_tokens=skip)}
         for ids in rows

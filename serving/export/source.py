@@ -1,6 +1,5 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +10,29 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
-from serving.directory import MANIFEST, check_files, identity, read_manifest
-from serving.export.attention import ExportError, InPlaceAttention, KvShape
-from serving.export.cache import PassThroughCache
+from serving.directory import MANIFEST, check_files, current, identity, read_manifest
+from serving.export.attention import ExportError, KvShape
+from serving.export.probe import probe, refusal
 
-OBJECTIVES = ("causal_lm", "sft")
-MIN_CONTEXT_LENGTH = 64
+# What can be exported: the task of an objective, and how transformers loads a task's models.
+TASK_OF = {"causal_lm": "causal_lm", "sft": "causal_lm", "classification": "classification"}
+AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+MAPPINGS = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+MIN_CONTEXT_LENGTH = {"causal_lm": 64, "classification": 8}
 
 # These change the frequencies with the length of the whole text, also for keys that are already in the cache.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -31,14 +40,24 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory that can be exported."""
+    """A model directory that can be exported.
+
+    `layers`: what each layer of a decoder for text caches; a classifier caches nothing. `trained_length`: the longest
+    row that a Trivet run trained on, None where that is not known.
+    """
 
     folder: Path
+    task: str
     config: PreTrainedConfig
     architecture: str
-    num_layers: int
-    kv_shape: KvShape
+    layers: list[KvShape]
+    trained_length: int | None
     provenance: dict[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of a classifier's labels, in the order of its logits."""
+        return [self.config.id2label[number] for number in range(self.config.num_labels)]
 
     def load(self) -> PreTrainedModel:
         """Return the untouched model in fp32 with its own plain attention, ready to evaluate.
@@ -46,7 +65,7 @@ class Source:
         Raises ExportError when the weights cannot be read or are not all there: transformers would make up the rest.
         """
         try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            model, loaded = AUTO_CLASSES[self.task].from_pretrained(
                 self.folder,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -91,8 +110,8 @@ def open_source(path: Path) -> Source:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder, "model")
         check_files(folder, manifest)
-        if manifest["objective"] not in OBJECTIVES:
-            accepted = ", ".join(OBJECTIVES)
+        if manifest["objective"] not in TASK_OF:
+            accepted = ", ".join(TASK_OF)
             raise ExportError(f"{folder}: objective {manifest['objective']} cannot be exported; accepted: {accepted}")
     _check_files_present(folder)
     try:
@@ -102,11 +121,18 @@ def open_source(path: Path) -> Source:
         raise ExportError(
             f"{folder}/config.json: transformers cannot read it ({reason}); save the model again"
         ) from None
-    architecture = _check_config(folder, config)
-    shapes = probe(folder, config)
+    task, architecture = _check_config(folder, config)
+    layers = []
+    if task == "causal_lm":
+        layers = probe(folder, config)
+    else:
+        _check_labels(folder, config)
+    facts = manifest or {}
+    if manifest is not None and TASK_OF[manifest["objective"]] != task:
+        raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance |= {key: manifest[key] if manifest else None for key in ("objective", "strategy", "step")}
-    return Source(folder, config, architecture, len(shapes), shapes[0], provenance)
+    provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
+    return Source(folder, task, config, architecture, layers, facts.get("max_length"), provenance)
 
 
 def find_model(path: Path) -> Path:
@@ -130,59 +156,9 @@ def find_model(path: Path) -> Path:
 
 def _best_run(result: Path) -> Path:
     try:
-        return Path(json.loads(result.read_text(encoding="utf-8"))["ranking"][0]["run"])
+        return Path(current(result, json.loads(result.read_text(encoding="utf-8")))["ranking"][0]["run"])
     except (OSError, ValueError, LookupError, TypeError):
         raise ExportError(f"{result}: has no ranking of runs; expected a sweep's; run the sweep again") from None
-
-
-def probe(folder: Path, config: PreTrainedConfig) -> list[KvShape]:
-    """Run the architecture once without weights and return what each layer's attention asks for.
-
-    Raises ExportError when some layer does not go through the attention interface or asks for what is not handled.
-    """
-    attention = InPlaceAttention()
-    with torch.device("meta"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-        model.set_attn_implementation(attention.register())
-        model.config.pad_token_id = None  # else the model looks for padding among tokens that are not there
-        try:
-            logits = model(
-                input_ids=torch.ones(1, 3, dtype=torch.long),
-                position_ids=torch.arange(3)[None],
-                past_key_values=PassThroughCache(),
-                use_cache=True,
-                logits_to_keep=torch.tensor([1, 2]),
-            ).logits
-        except ExportError as error:
-            raise ExportError(f"{folder}: {error}") from None
-        except Exception as error:
-            raise ExportError(f"{_refusal(folder, config)} ({type(error).__name__} in a trial run)") from error
-    layers = range(config.num_hidden_layers)
-    if sorted(attention.shapes) != list(layers) or logits.shape != (1, 2, config.vocab_size):
-        raise ExportError(_refusal(folder, config))
-    shapes = [attention.shapes[layer] for layer in layers]
-    _check_shapes(folder, config, shapes)
-    return shapes
-
-
-def _refusal(folder: Path, config: PreTrainedConfig) -> str:
-    return (
-        f"{folder}: {MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__} cannot be exported: it does not put every "
-        "layer through transformers' attention interface; accepted: decoders that do (Llama, Qwen, Mistral, GPT-2 ...)"
-    )
-
-
-def _check_shapes(folder: Path, config: PreTrainedConfig, shapes: list[KvShape]) -> None:
-    if len({(shape.num_kv_heads, shape.head_dim) for shape in shapes}) > 1:
-        raise ExportError(f"{folder}: its layers differ in KV heads or head size; one size for all layers is accepted")
-    # Elsewhere the mask limits a sliding layer; here the keyword alone does, so a model must not forget to pass it.
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or [("sliding" if window else "full") + "_attention"] * len(shapes)
-    for layer, (kind, shape) in enumerate(zip(types, shapes, strict=True)):
-        expected = {"full_attention": None, "sliding_attention": window}.get(kind, "unknown")
-        if shape.sliding_window != expected:
-            found = f"asks for sliding_window {shape.sliding_window}"
-            raise ExportError(f"{folder}: layer {layer} is {kind} ({window=}) but {found}; it cannot be exported")
 
 
 def _check_files_present(folder: Path) -> None:
@@ -192,23 +168,44 @@ def _check_files_present(folder: Path) -> None:
         raise ExportError(f"{folder}: an unmerged adapter lies beside the weights; merge it, or move it to adapter/")
 
 
-def _check_config(folder: Path, config: PreTrainedConfig) -> str:
-    """Return the architecture's name; raise ExportError for what config.json alone rules out."""
+def _check_config(folder: Path, config: PreTrainedConfig) -> tuple[str, str]:
+    """Return the task and the architecture's name; raise ExportError for what config.json alone rules out."""
     where = folder / "config.json"
     architecture = (getattr(config, "architectures", None) or ["none"])[0]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ExportError(f"{where}: model_type {config.model_type!r} is no causal language model; only those export")
-    if architecture != MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__:
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-        raise ExportError(f"{where}: architecture {architecture} cannot be exported; accepted here: {expected}")
+    accepted = {task: mapping[type(config)].__name__ for task, mapping in MAPPINGS.items() if type(config) in mapping}
+    if not accepted:
+        raise ExportError(f"{where}: model_type {config.model_type!r} is neither a language model nor a classifier")
+    if architecture not in accepted.values():
+        raise ExportError(
+            f"{where}: architecture {architecture} cannot be exported; accepted here: {', '.join(accepted.values())}"
+        )
+    task = next(task for task, name in accepted.items() if name == architecture)
     if getattr(config, "quantization_config", None):
         raise ExportError(f"{where}: the weights are quantized; export the unquantized model")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise ExportError(f"{where}: rope_type {rope_type!r} changes with the text's length and cannot be exported")
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
-        raise ExportError(_refusal(folder, config))
-    context_length = getattr(config, "max_position_embeddings", None)
-    if not context_length or context_length < MIN_CONTEXT_LENGTH:
-        raise ExportError(f"{where}: max_position_embeddings {context_length}; accepted: {MIN_CONTEXT_LENGTH} or more")
-    return architecture
+    if task == "causal_lm" and not MAPPINGS[task][type(config)]._supports_attention_backend:
+        raise ExportError(refusal(folder, config))
+    context_length, shortest = getattr(config, "max_position_embeddings", None), MIN_CONTEXT_LENGTH[task]
+    if not context_length or context_length < shortest:
+        raise ExportError(f"{where}: max_position_embeddings {context_length}; accepted: {shortest} or more")
+    return task, architecture
+
+
+def _check_labels(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise ExportError for a classifier whose answer is not one of two or more labels, or cannot be batched."""
+    where = folder / "config.json"
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ExportError(f"{where}: problem_type {problem} cannot be exported; accepted: single_label_classification")
+    if config.is_encoder_decoder:
+        raise ExportError(f"{where}: {config.model_type} is an encoder-decoder; accepted: encoders and decoders")
+    names = set(config.id2label.values())
+    if len(names) < 2 or len(names) != config.num_labels or sorted(config.id2label) != list(range(config.num_labels)):
+        raise ExportError(
+            f"{where}: id2label has {len(names)} names for {config.num_labels} outputs, numbered "
+            f"{', '.join(map(str, config.id2label))}; accepted: two or more, numbered from 0, each name once"
+        )
+    if config.pad_token_id is None:
+        raise ExportError(f"{where}: has no pad_token_id; set it to the token that texts were padded with in training")

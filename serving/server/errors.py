@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from serving.directory import BadInput
 from serving.driver import Stopping
 from serving.request import QueueFull
+from serving.request import Request as EngineRequest
 
 RETRY_AFTER_S = "1"
 CLIENT_GONE = 499  # nginx's number for a client that left before its answer
@@ -41,6 +42,14 @@ class ApiError(Exception):
 def engine_failed() -> ApiError:
     """The answer to a request that the engine gave up; the reason is in the server's log."""
     return ApiError(500, "the engine failed while it worked on this request; it is safe to try again")
+
+
+def check_ended_well(work: EngineRequest) -> None:
+    """Raise ApiError for a finished request that the engine gave up or the server's end cut short."""
+    if work.finish_reason == "error":
+        raise engine_failed()
+    if work.finish_reason == "cancelled":
+        raise ApiError(503, "the server is shutting down; the answer is incomplete", code="shutting_down")
 
 
 def to_api_error(error: Exception) -> ApiError | None:

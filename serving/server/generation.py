@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from serving.driver import Driver
 from serving.request import MAX_NEW_TOKENS, Request, Sampling
-from serving.server.errors import CLIENT_GONE, ApiError, engine_failed
+from serving.server.errors import CLIENT_GONE, ApiError, check_ended_well
 from serving.server.metrics import Metrics
 from serving.server.schemas import ChatRequest, CompletionRequest
 from serving.text import Stream, Text
@@ -141,10 +141,7 @@ class Generation:
         """Return the text that was held back, and settle the finish reason."""
         tail = ""
         if not self._stops.found:
-            if self.request.finish_reason == "error":
-                raise engine_failed()
-            if self.request.finish_reason == "cancelled":
-                raise ApiError(503, "the server is shutting down; the answer is incomplete", code="shutting_down")
+            check_ended_well(self.request)
             tail = self._stops.push(self._stream.finish()) + self._stops.finish()
         self.finish_reason = "stop" if self._stops.found or self.request.finish_reason == "stop" else "length"
         return tail

@@ -15,11 +15,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from serving.directory import BadInput
+from serving.directory import BadInput, read_manifest
 from serving.driver import Driver
+from serving.engine import Engine
 from serving.request import Sampling
 from serving.server.app import MAX_BODY_BYTES, build_app
 from serving.server.auth import check_keys
+from serving.task_engine import TaskEngine
+from serving.text import Text
 
 MAX_OPEN_CONNECTIONS = 2048
 LAST_BYTES_S = 5  # after the drain, for answers that are on their way out
@@ -43,17 +46,14 @@ def serve(
 
     Port 0 takes a free one. When the server answers, one line "serving NAME at http://HOST:PORT" goes to stderr. The
     first signal drains: new requests get 503, running ones have `drain_timeout_s` to finish. A second SIGINT raises
-    KeyboardInterrupt at once. `engine_options` go to `Engine.open`. Raises BadInput.
+    KeyboardInterrupt at once. `engine_options` go to the `open` of the task's engine. Raises BadInput.
     """
     keys = check_keys(api_keys)
     folder = Path(folder)
     name = name or folder.resolve().name
     with bind(host, port) as listener:
-        from serving.engine import Engine
-        from serving.text import Text
-
         # The engine checks the files' hashes before anything reads them.
-        engine = Engine.open(folder, provider=provider, slots=slots, max_waiting=max_waiting, **engine_options)
+        engine = _open_engine(folder, provider=provider, slots=slots, max_waiting=max_waiting, **engine_options)
         text = Text.open(folder)
         driver = Driver(engine)
         app = build_app(
@@ -70,6 +70,12 @@ def serve(
         if not keys and not _is_loopback(listener):
             print(f"warning: {host} is reachable from other machines and no API key is set", file=sys.stderr)
         run(app, driver, listener, name=name, drain_timeout_s=drain_timeout_s)
+
+
+def _open_engine(folder: Path, **settings: Any) -> Engine | TaskEngine:
+    """Open the directory with the engine of its task. Raises BadInput."""
+    is_classifier = read_manifest(folder, "onnx").get("task") == "classification"
+    return TaskEngine.open(folder, **settings) if is_classifier else Engine.open(folder, **settings)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from serving.server.errors import ApiError
 MAX_TEXT_CHARS = 2_000_000
 MAX_MESSAGES = 2_048
 MAX_STOP_STRINGS = 4
+MAX_INPUTS = 256
 
 # OpenAI's fields that are not built, with the values that ask for nothing. Any other value is refused.
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
@@ -68,6 +69,7 @@ StopStrings = Annotated[
     Annotated[StopString, AsText] | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), AsList],
     TextOrList,
 ]
+InputText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 ShortText = Annotated[str, Field(max_length=512)]
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -181,6 +183,22 @@ class ChatRequest(_Generate):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: cannot be given together with max_completion_tokens; it is the older name")
         return self
+
+
+class ClassifyRequest(_Strict):
+    """POST /v1/classify: the labels of one text, or of each text in a list."""
+
+    model: ShortText | None = None
+    input: Annotated[
+        Annotated[InputText, AsText] | Annotated[list[InputText], Field(min_length=1, max_length=MAX_INPUTS), AsList],
+        TextOrList,
+    ]
+    user: ShortText | None = None  # as in the other endpoints; not used
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts as a list, whichever way they were sent."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
 def parse(model: type[Body], body: bytes) -> Body:

@@ -1,5 +1,6 @@
 """Tiny random models, saved as plain model directories, and their ONNX directories, each made once a session."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,19 @@ def _tiny_config(kind: str, **changes):
     return getattr(transformers, name)(**{**tokens, **sizes, **changes})
 
 
+def _classifier_config(kind: str, **changes):
+    """Return the config of a classifier with three labels: a decoder's, or of two encoders."""
+    import transformers
+
+    labels = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}
+    if kind not in ("bert", "roberta"):
+        return _tiny_config(kind, **labels, **changes)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 130, "pad_token_id": 1 if kind == "roberta" else 0}
+    name = {"bert": "BertConfig", "roberta": "RobertaConfig"}[kind]
+    return getattr(transformers, name)(**{**sizes, **labels, **changes})
+
+
 def _make_tokenizer(vocab_size: int = VOCAB_SIZE, text: str | None = None):
     """Return a byte-level BPE tokenizer trained on `text`, with end, turn and pad tokens and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,27 +77,96 @@ def _make_tokenizer(vocab_size: int = VOCAB_SIZE, text: str | None = None):
 
 
 def _save_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
-    """Save a random model of `kind` and its tokenizer to `folder` and return it."""
-    import torch
+    """Save a random language model of `kind` and its tokenizer to `folder` and return it."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_tiny_config(kind, **changes)).eval()
+    model.generation_config.eos_token_id = 2
+    return _save(folder, model, seed)
+
+
+def _save_classifier(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
+    """Save a random classifier of `kind` and its tokenizer to `folder` and return it."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _save(folder, AutoModelForSequenceClassification.from_config(_classifier_config(kind, **changes)), seed)
+
+
+def _save(folder: Path, model, seed: int) -> Path:
+    import torch
+
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() >= 2:  # wide enough that the tokens depend on the context
+            if parameter.dim() >= 2:  # wide enough that the answers depend on the context
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
-    _make_tokenizer().save_pretrained(folder)
+    tokenizer = _make_tokenizer()
+    if model.config.model_type in ("bert", "roberta"):
+        _add_special_tokens_around(tokenizer)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def _add_special_tokens_around(tokenizer) -> None:
+    """Make the tokenizer put a token before and one after every text, as those of encoders do."""
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+
+
+def _reseal(folder: Path, **changes) -> None:
+    """Make the directory's hashes right again after a change, so that only the comparison can find it.
+
+    `changes` go into the manifest.
+    """
+    from serving.directory import read_manifest, seal
+
+    manifest = read_manifest(folder, "onnx")
+    fields = {key: value for key, value in manifest.items() if key not in ("format_version", "kind", "files")}
+    seal(folder, "onnx", **fields | changes)
+
+
+def _change_graph(folder: Path, change: Callable) -> None:
+    """Apply `change` to the folder's onnx model, weights included, and seal the folder again."""
+    import onnx
+
+    model = onnx.load(folder / "model.onnx")
+    change(model.graph)
+    for name in ("model.onnx", "model.onnx.data"):
+        (folder / name).unlink()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    _reseal(folder)
+
+
+def _failed_checks(folder: Path, opened_by=None) -> list[str]:
+    """Verify, expect it to fail and `opened_by` (Engine) to refuse the directory; return the failed checks' names."""
+    from serving.directory import BadInput
+    from serving.engine import Engine
+    from serving.verify import VerificationFailed, verify
+
+    with pytest.raises(VerificationFailed) as caught:
+        verify(folder)
+    record = json.loads((folder / "verification.json").read_text())["records"][-1]
+    assert not record["passed"]
+    assert record["reason"] in str(caught.value)
+    with pytest.raises(BadInput, match="its verification on cpu failed"):
+        (opened_by or Engine).open(folder)
+    return [name for name, check in record["checks"].items() if not check["passed"]]
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
     """The function that makes a config of a kind of model."""
     return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def classifier_config():
+    """The function that makes the config of a classifier."""
+    return _classifier_config
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +211,54 @@ def exported(model_dir, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def save_classifier():
+    """The function that saves a random classifier with its tokenizer."""
+    return _save_classifier
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """Return a function from a kind of classifier to its model directory and its ONNX directory, to be read only."""
+    folders: dict[str, tuple[Path, Path]] = {}
+
+    def of(kind: str) -> tuple[Path, Path]:
+        if kind not in folders:
+            from serving.export import export_model
+
+            folder = tmp_path_factory.mktemp("classifiers")
+            folders[kind] = _save_classifier(folder / kind, kind), folder / "onnx"
+            export_model(*folders[kind])
+        return folders[kind]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def source_logits() -> Callable[[Path, list[str], int], list[list[float]]]:
+    """Return a function from (model directory, texts, max_length) to transformers' logits, as training computes them.
+
+    All texts are one right-padded batch with its attention mask; an empty one is the end token.
+    """
+
+    def of(folder: Path, texts: list[str], max_length: int) -> list[list[float]]:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        rows = [ids or [tokenizer.eos_token_id] for ids in encoded]
+        input_ids = torch.full((len(rows), max(map(len, rows))), model.config.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, ids in enumerate(rows):
+            input_ids[index, : len(ids)], attention_mask[index, : len(ids)] = torch.tensor(ids), 1
+        with torch.no_grad():
+            return model(input_ids=input_ids, attention_mask=attention_mask).logits.tolist()
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def onnx_dir(exported) -> Path:
     """The ONNX directory of the tiny Llama, to be read only."""
     return exported("llama")
@@ -153,6 +284,24 @@ def source_tokens(model_dir) -> Callable[..., list[list[int]]]:
         return [model.generate(row, attention_mask=torch.ones_like(row))[0, row.shape[1] :].tolist() for row in rows]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def reseal():
+    """The function that makes a directory's hashes right again."""
+    return _reseal
+
+
+@pytest.fixture(scope="session")
+def change_graph():
+    """The function that changes a directory's graph and seals it again."""
+    return _change_graph
+
+
+@pytest.fixture(scope="session")
+def failed_checks():
+    """The function that verifies a spoilt directory and names the checks that failed."""
+    return _failed_checks
 
 
 @pytest.fixture

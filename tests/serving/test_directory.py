@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.directory import (
-    DirectoryError,
-    append_verification,
-    check_files,
-    identity,
-    require_verified,
-    seal,
-    staged,
-    write_json,
-)
+from serving.directory import DirectoryError, check_files, identity, seal, staged, write_json
+from serving.proofs import append_verification, require_verified
 
 REPOSITORY = Path(__file__).parents[2]
 STAGE = """

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from serving.directory import BadInput, append_verification, identity
+from serving.directory import BadInput, identity
 from serving.engine import Engine, QueueFull
+from serving.proofs import append_verification
 from serving.request import Request, Sampling
 from serving.session import onnxruntime_version
 
@@ -244,7 +245,7 @@ def test_a_failed_verification_is_refused_though_an_older_one_passed(onnx_copy):
 
 
 def test_a_verification_with_another_onnxruntime_is_stale(onnx_dir, monkeypatch):
-    monkeypatch.setattr("serving.engine.onnxruntime_version", lambda: "9.9.9")
+    monkeypatch.setattr("serving.manifest.onnxruntime_version", lambda: "9.9.9")
     with pytest.raises(BadInput, match=r"this is 9\.9\.9 \(stale\)"):
         Engine.open(onnx_dir)
 

@@ -68,14 +68,14 @@ def test_a_sliding_window_shorter_than_the_prompts_is_kept(save_model, tmp_path)
 def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(
     model_dir, onnx_dir, tmp_path, monkeypatch, capfd
 ):
-    import serving.export as export_module
+    from serving.export import decoder
 
     def write_other_weights(model, source, path):
         model.model.layers[1].self_attn.o_proj.weight.data *= 1.02  # after the source has answered
         return write_graph(model, source, path)
 
-    write_graph = export_module.write_graph
-    monkeypatch.setattr(export_module, "write_graph", write_other_weights)
+    write_graph = decoder.write_graph
+    monkeypatch.setattr(decoder, "write_graph", write_other_weights)
     target = Path(shutil.copytree(onnx_dir, tmp_path / "onnx"))
     before = {path: path.read_bytes() for path in target.iterdir()}
     stages = []
@@ -169,7 +169,10 @@ def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForSequenceClassification"]}, "accepted here: LlamaForCausalLM"),
+        (
+            {"architectures": ["LlamaForTokenClassification"]},
+            "accepted here: LlamaForCausalLM, LlamaForSequenceClassification",
+        ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "rope_type 'dynamic' changes",
@@ -207,10 +210,63 @@ def test_a_trivet_model_directory_is_checked_and_remembered(tmp_path, tiny_confi
         export_model(source, tmp_path / "onnx")
 
 
-def test_a_classifier_is_refused_by_its_objective(tmp_path, tiny_config):
+def test_an_objective_that_is_not_the_models_is_refused(tmp_path, tiny_config):
     source = bare_model(tmp_path / "model", tiny_config("llama"))
     seal(source, "model", objective="classification", labels=["a"], strategy="full", base_model=None, step=1)
-    refused(source, tmp_path, "objective classification cannot be exported; accepted: causal_lm, sft")
+    refused(source, tmp_path, r"trivet\.json says classification, but config\.json LlamaForCausalLM")
+    seal(source, "model", objective="seq2seq", labels=None, strategy="full", base_model=None, step=1)
+    refused(source, tmp_path, "objective seq2seq cannot be exported; accepted: causal_lm, sft, classification")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type multi_label_classification cannot be exported"),
+        ({"id2label": {"0": "only"}}, "id2label has 1 names for 1 outputs, numbered 0; accepted: two or more"),
+        ({"id2label": {"0": "a", "5": "b"}}, "id2label has 2 names for 2 outputs, numbered 0, 5; accepted"),
+        ({"id2label": {"0": "a", "1": "a"}}, "id2label has 1 names for 2 outputs"),
+        ({"pad_token_id": None}, "has no pad_token_id; set it"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "cannot be exported; accepted here"),
+    ],
+)
+def test_a_classifier_that_cannot_be_exported_is_refused(tmp_path, classifier_config, changes, message):
+    changes = {"architectures": ["LlamaForSequenceClassification"], **changes}
+    refused(bare_model(tmp_path / "model", classifier_config("llama"), **changes), tmp_path, message)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from transformers import BartConfig
+
+    config = BartConfig(d_model=16, max_position_embeddings=64)
+    source = bare_model(tmp_path / "model", config, architectures=["BartForSequenceClassification"])
+    refused(source, tmp_path, "bart is an encoder-decoder; accepted: encoders and decoders")
+
+
+def test_rows_that_the_source_itself_cannot_read_are_refused(save_classifier, tmp_path, monkeypatch):
+    source = save_classifier(tmp_path / "model", "roberta")  # whose table of 130 positions is for 128 tokens
+    monkeypatch.setattr("serving.export.classifier._context_length", lambda model, source: 130)
+    refused(source, tmp_path, "cannot read rows of up to 130 tokens")
+
+
+def test_a_model_that_cannot_be_traced_is_refused(save_classifier, tmp_path, monkeypatch):
+    from serving.export.classifier import Logits
+
+    def by_content(self, input_ids, attention_mask):
+        return self.model(input_ids[: int(input_ids.sum())]).logits
+
+    source = save_classifier(tmp_path / "model", "gpt2")
+    monkeypatch.setattr(Logits, "forward", by_content)
+    refused(source, tmp_path, "GPT2ForSequenceClassification cannot be traced into a graph")
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(save_classifier, tmp_path):
+    source = save_classifier(tmp_path / "model", "gpt2", vocab_size=270)
+    refused(source, tmp_path, r"its tokenizer has \d+ entries, but the model embeds 270")
+
+
+def test_an_encoder_without_a_head_for_labels_is_refused(tmp_path, classifier_config):
+    source = bare_model(tmp_path / "model", classifier_config("bert"), architectures=["BertModel"])
+    refused(source, tmp_path, "architecture BertModel cannot be exported; accepted here: .*BertForSequenceClass")
 
 
 def test_the_engine_reads_what_the_export_wrote(onnx_dir):
@@ -222,7 +278,7 @@ def test_a_terminated_export_leaves_nothing_behind(model_dir, tmp_path, trivet, 
         assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("serving.export.write_reference", terminated)
+    monkeypatch.setattr("serving.export.decoder.write_reference", terminated)
     code, _, err = trivet("export", model_dir("llama"), tmp_path / "onnx")
     assert (code, "Traceback" in err) == (130, False)
     assert list(tmp_path.iterdir()) == []

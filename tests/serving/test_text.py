@@ -105,6 +105,20 @@ def test_ids_and_decoded_text_equal_those_of_transformers(pair, text, add_specia
         assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [1, 2, 3, 7, 20, 1000])
+def test_a_text_that_is_too_long_is_cut_as_transformers_does(pair, max_length, side, tmp_path):
+    from transformers import AutoTokenizer
+
+    pair[1].save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": side}))
+    ours, again = Text.open(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, CORPUS]:
+        expected = again(text, truncation=True, max_length=max_length)["input_ids"]
+        assert ours.encode_cut(text, max_length) == (expected, len(again(text)["input_ids"]) > max_length)
+
+
 @pytest.mark.parametrize("messages", CHATS)
 def test_chat_ids_equal_those_of_transformers(pair, messages):
     ours, theirs = pair

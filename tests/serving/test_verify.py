@@ -2,59 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from serving import verify as verify_module
+from serving import verify_decoder
 from serving.directory import BadInput, read_manifest, seal
 from serving.engine import Engine
 from serving.forward import Forward
-from serving.verify import Reference, VerificationFailed, verify
+from serving.session import Session
+from serving.verify import verify
+from serving.verify_decoder import Reference
 
 CHECKS = ["text", "logits_one_by_one", "logits_padded_batch", "tokens_one_by_one", "tokens_in_a_crowd"]
-
-
-def reseal(folder: Path) -> None:
-    """Make the directory's hashes right again after a change, so that only the comparison can find it."""
-    manifest = read_manifest(folder, "onnx")
-    seal(
-        folder,
-        "onnx",
-        **{key: value for key, value in manifest.items() if key not in ("format_version", "kind", "files")},
-    )
-
-
-def change_graph(folder: Path, change: Callable) -> None:
-    """Apply `change` to the folder's onnx model, weights included, and seal the folder again."""
-    import onnx
-
-    model = onnx.load(folder / "model.onnx")
-    change(model.graph)
-    for name in ("model.onnx", "model.onnx.data"):
-        (folder / name).unlink()
-    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-    reseal(folder)
 
 
 def weights(graph) -> dict:
     """Return the graph's matrices by name, those of the two layers in the order of the layers."""
     return {each.name: each for each in graph.initializer if len(each.dims) == 2 and each.data_type == 1}
-
-
-def failed_checks(folder: Path) -> list[str]:
-    """Verify, expect it to fail and the engine to refuse the directory; return the names of the failed checks."""
-    with pytest.raises(VerificationFailed) as caught:
-        verify(folder)
-    record = json.loads((folder / "verification.json").read_text())["records"][-1]
-    assert not record["passed"]
-    assert record["reason"] in str(caught.value)
-    with pytest.raises(BadInput, match="its verification on cpu failed"):
-        Engine.open(folder)
-    return [name for name, check in record["checks"].items() if not check["passed"]]
 
 
 def test_a_sound_directory_passes_and_the_record_says_what_was_compared(onnx_copy):
@@ -90,7 +57,7 @@ def test_an_altered_byte_of_the_weights_is_refused_before_anything_runs(onnx_cop
         verify(onnx_copy)
 
 
-def test_a_matrix_that_is_one_per_cent_too_large_is_seen(onnx_copy):
+def test_a_matrix_that_is_one_per_cent_too_large_is_seen(onnx_copy, change_graph, failed_checks):
     import onnx
 
     def scale_one(graph):
@@ -103,7 +70,7 @@ def test_a_matrix_that_is_one_per_cent_too_large_is_seen(onnx_copy):
     assert failed_checks(onnx_copy)[:2] == ["logits_one_by_one", "logits_padded_batch"]
 
 
-def test_two_layers_weights_swapped_are_seen(onnx_copy):
+def test_two_layers_weights_swapped_are_seen(onnx_copy, change_graph, failed_checks):
     def swap(graph):
         first, second = [each for each in weights(graph).values() if sorted(each.dims) == [32, 64]][:2]
         assert first.dims == second.dims
@@ -115,7 +82,7 @@ def test_two_layers_weights_swapped_are_seen(onnx_copy):
     assert "logits_one_by_one" in failed_checks(onnx_copy)
 
 
-def test_position_ids_shifted_by_one_are_seen(exported, tmp_path):
+def test_position_ids_shifted_by_one_are_seen(exported, tmp_path, change_graph, failed_checks):
     import onnx
 
     folder = Path(shutil.copytree(exported("gpt2"), tmp_path / "onnx"))  # RoPE would not care: it is relative
@@ -130,7 +97,7 @@ def test_position_ids_shifted_by_one_are_seen(exported, tmp_path):
     assert failed_checks(folder) == CHECKS[1:]
 
 
-def test_another_tokenizer_is_seen(onnx_copy, make_tokenizer):
+def test_another_tokenizer_is_seen(onnx_copy, make_tokenizer, reseal, failed_checks):
     make_tokenizer(300, "entirely other words, learned from another text about weather and ships").save_pretrained(
         onnx_copy
     )
@@ -140,20 +107,20 @@ def test_another_tokenizer_is_seen(onnx_copy, make_tokenizer):
     assert "first encode('The library reads the file" in records[-1]["reason"]
 
 
-def test_another_chat_template_is_seen(onnx_copy):
+def test_another_chat_template_is_seen(onnx_copy, reseal, failed_checks):
     template = onnx_copy / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\n", "assistant "))
     reseal(onnx_copy)
     assert failed_checks(onnx_copy) == ["text"]
 
 
-def test_a_chunk_in_the_wrong_row_is_seen(onnx_copy, monkeypatch):
+def test_a_chunk_in_the_wrong_row_is_seen(onnx_copy, monkeypatch, failed_checks):
     real = Forward.chunk
     monkeypatch.setattr(Forward, "chunk", lambda self, work: real(self, replace(work, slot=0)))
     assert failed_checks(onnx_copy) == ["tokens_in_a_crowd"]
 
 
-def test_a_second_chunk_of_the_engines_usual_size_is_looked_at(onnx_copy, monkeypatch):
+def test_a_second_chunk_of_the_engines_usual_size_is_looked_at(onnx_copy, monkeypatch, failed_checks):
     real = Forward.chunk
 
     def broken(self, work):
@@ -166,7 +133,7 @@ def test_a_second_chunk_of_the_engines_usual_size_is_looked_at(onnx_copy, monkey
     assert failed_checks(onnx_copy) == ["tokens_in_a_crowd"]
 
 
-def test_a_decode_one_position_late_is_seen(onnx_copy, monkeypatch):
+def test_a_decode_one_position_late_is_seen(onnx_copy, monkeypatch, failed_checks):
     real = Forward.decode
 
     def late(self, works, occupants):
@@ -184,7 +151,7 @@ def test_a_decode_one_position_late_is_seen(onnx_copy, monkeypatch):
     assert failed_checks(onnx_copy) == ["tokens_one_by_one", "tokens_in_a_crowd"]
 
 
-def test_a_run_that_fails_is_a_failed_proof(onnx_copy, monkeypatch):
+def test_a_run_that_fails_is_a_failed_proof(onnx_copy, monkeypatch, failed_checks):
     def broken(self, work):
         raise RuntimeError("no memory")
 
@@ -207,8 +174,8 @@ def token_check(monkeypatch, onnx_dir, margin: float) -> dict:
     row_V[runner_up] = row_V[found] - np.float32(margin)
     monkeypatch.setattr(Reference, "tolerance", 1e9)  # tokens alone
     manifest = read_manifest(onnx_dir, "onnx")
-    session = verify_module.Session.open(onnx_dir)
-    return verify_module.check_tokens(session, manifest, reference, crowd=True)
+    session = Session.open(onnx_dir)
+    return verify_decoder.check_tokens(session, manifest, reference, crowd=True)
 
 
 def test_a_wrong_token_is_excused_and_counted_where_the_source_has_a_near_tie(monkeypatch, onnx_dir):
@@ -230,7 +197,7 @@ def test_a_manifest_without_a_field_is_bad_input(onnx_copy):
         verify(onnx_copy)
 
 
-def test_the_command_exits_1_when_the_proof_fails(onnx_copy, trivet):
+def test_the_command_exits_1_when_the_proof_fails(onnx_copy, trivet, reseal):
     template = onnx_copy / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\n", "assistant "))
     reseal(onnx_copy)

@@ -1,6 +1,7 @@
 "use strict";
 
-// The playground: sends the conversation to this server and shows the answer as it streams in.
+// The playground: sends the conversation to this server and shows the answer as it streams in. A classifier is sent one
+// text at a time, and its labels are shown with their scores.
 
 const element = (id) => document.getElementById(id);
 let model = null;
@@ -30,6 +31,11 @@ async function connect() {
     if (!response.ok) await fail(response);
     model = (await response.json()).data[0];
     element("model").textContent = model.id;
+    if (model.task === "classification") {
+      document.body.classList.add("classifier");
+      element("prompt").placeholder = `Give a text to label: ${model.labels.slice(0, 8).join(", ")}`;
+      return;
+    }
     element("max_tokens").max = model.context_length;
     if (!model.has_chat_template) {
       element("mode").value = "completion";
@@ -76,14 +82,35 @@ async function* events(response) {
   }
 }
 
-async function answer(prompt, turn) {
-  const [path, body] = requestFor(prompt);
-  const started = performance.now();
-  let firstAt = null;
+async function post(path, body) {
   const response = await fetch(path, {
     method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal,
   });
   if (!response.ok) await fail(response);
+  return response;
+}
+
+async function classify(text, turn) {
+  const started = performance.now();
+  const found = (await (await post("/v1/classify", { input: text })).json()).data[0];
+  for (const [label, score] of Object.entries(found.scores).sort((one, other) => other[1] - one[1])) {
+    const row = document.createElement("div");
+    row.className = "score";
+    const [name, bar, number] = ["span", "meter", "output"].map((tag) => row.appendChild(document.createElement(tag)));
+    name.textContent = label;
+    bar.value = score;
+    number.textContent = `${(100 * score).toFixed(1)} %`;
+    turn.append(row);
+  }
+  const cut = found.truncated ? ", the text was cut" : "";
+  element("speed").textContent = `${Math.round(performance.now() - started)} ms${cut}`;
+}
+
+async function answer(prompt, turn) {
+  const [path, body] = requestFor(prompt);
+  const started = performance.now();
+  let firstAt = null;
+  const response = await post(path, body);
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     const piece = event.choices[0]?.delta?.content ?? event.choices[0]?.text ?? "";
@@ -119,7 +146,7 @@ async function send(event) {
   const turn = show("assistant busy", "");
   setRunning(new AbortController());
   try {
-    await answer(prompt, turn);
+    await (model?.task === "classification" ? classify : answer)(prompt, turn);
   } catch (error) {
     if (error.name !== "AbortError") show("error", error.message);
   } finally {

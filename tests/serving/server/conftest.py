@@ -107,10 +107,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def run_server(engine: FakeEngine, text: Text | None = None, **options) -> Iterator[Served]:
+def run_server(
+    engine: FakeEngine, text: Text | None = None, manifest: dict | None = None, **options
+) -> Iterator[Served]:
     """Serve `engine` over real HTTP from a thread of this process."""
     driver = Driver(engine)
-    app = build_app(driver, text or make_text(), MANIFEST, name="fake", **options)
+    app = build_app(driver, text or make_text(), manifest or MANIFEST, name="fake", **options)
     server = build_server(app)
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]

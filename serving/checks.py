@@ -1,0 +1,53 @@
+"""What the proofs of all tasks share: the comparison of texts, and how a difference of logits is judged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.text import Text
+
+# The largest logit difference accepted, as a share of the standard deviation of the source's logits: a difference means
+# something only beside how far logits lie apart. fp32 rounding was seen at 1e-5 of it, for two random layers as for the
+# 30 of SmolLM2-135M; in two layers, one matrix 1% too large gave 6e-2, and a position wrong by one more than 1.
+LOGIT_TOLERANCE = 1e-3
+
+Check = dict[str, Any]
+Cases = dict[str, list[dict[str, Any]]]
+
+
+def check_text(folder: Path, cases: Cases) -> Check:
+    """Compare the ids of texts and chats, and the text of ids, with the source's tokenizer: equal, or failed.
+
+    `cases` has the lists `texts`, `chats`, `decoded` and `cut` (whole rows, cut at `max_length` tokens), or some.
+    """
+    text = Text.open(folder)
+    wrong = []
+    for case in cases.get("texts", []):
+        if text.encode(case["text"], add_special_tokens=case["add_special_tokens"]) != case["ids"]:
+            wrong.append(f"encode({case['text'][:40]!r})")
+    for case in cases.get("cut", []):
+        if text.encode_cut(case["text"], case["max_length"]) != (case["ids"], case["is_cut"]):
+            wrong.append(f"encode_cut({case['text'][:40]!r}, {case['max_length']})")
+    for case in cases.get("chats", []):
+        if not text.has_chat_template or text.chat(case["messages"]) != case["ids"]:
+            wrong.append(f"chat({case['messages'][-1]['content'][:40]!r})")
+    for case in cases.get("decoded", []):
+        if text.decode(case["ids"], skip_special_tokens=case["skip_special_tokens"]) != case["text"]:
+            wrong.append(f"decode({case['text'][:40]!r})")
+    num_cases = sum(map(len, cases.values()))
+    found = f"{len(wrong)} of {num_cases} texts, chats and decodings differ" + (f", first {wrong[0]}" if wrong else "")
+    return {"passed": not wrong, "found": found, "cases": num_cases, "differ": len(wrong)}
+
+
+def graded(max_abs_diff: float, tolerance: float, **facts: int) -> Check:
+    """Return the check of a logit difference: passed up to `tolerance`, both absolute. `facts` are counts to keep."""
+    found = f"logits differ by {max_abs_diff:.2e}, accepted {tolerance:.2e}"
+    passed = max_abs_diff <= tolerance
+    return {"passed": passed, "found": found, "max_abs_diff": max_abs_diff, "tolerance": tolerance, **facts}
+
+
+def max_abs_diff(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest absolute difference; infinity where either is not finite."""
+    difference = float(np.abs(found - expected).max())
+    return difference if np.isfinite(difference) else float("inf")

@@ -1,0 +1,46 @@
+"""The manifest of an ONNX directory: what each task reads of it, and what must hold before its graph opens."""
+
+from pathlib import Path
+from typing import Any
+
+from serving.directory import BadInput, check_files, read_manifest
+from serving.proofs import require_verified
+from serving.session import check_provider, onnxruntime_version
+
+Manifest = dict[str, Any]
+
+# What those who open a directory read of its manifest.
+FIELDS = {
+    "causal_lm": ("vocab_size", "num_layers", "num_kv_heads", "head_dim", "context_length", "end_token_ids", "source"),
+    "classification": ("labels", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source"),
+}
+COMMANDS = {"causal_lm": "trivet generate", "classification": "trivet predict"}
+
+
+def proven_manifest(folder: Path, provider: str, task: str) -> Manifest:
+    """Return the manifest of an ONNX directory that may be served on `provider` for `task`.
+
+    Raises BadInput when the provider is not there, and when the directory is altered, has no passed verification for
+    this provider and this onnxruntime, or is of another task.
+    """
+    manifest = read_manifest(folder, "onnx")
+    check_provider(provider)
+    check_files(folder, manifest)
+    require_verified(folder, provider, onnxruntime_version())
+    found = manifest.get("task")
+    if found != task and found in COMMANDS:
+        raise BadInput(f"{folder}: its task is {found}, not {task}; use: {COMMANDS[found]} {folder}")
+    check_fields(folder, manifest)
+    return manifest
+
+
+def check_fields(folder: Path, manifest: Manifest) -> None:
+    """Raise BadInput unless the manifest names a task and has what is read of it for that task."""
+    task = manifest.get("task")
+    if task is not None and task not in FIELDS:
+        raise BadInput(
+            f"{folder}: its task is {task!r}; this Trivet knows {', '.join(FIELDS)}: upgrade, or export again"
+        )
+    needed = ("task", *FIELDS.get(task or "", ()))
+    if missing := [name for name in needed if name not in manifest]:
+        raise BadInput(f"{folder}: its manifest has no {', '.join(missing)}; export the model again")

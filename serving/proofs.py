@@ -1,0 +1,59 @@
+"""The verification records of an ONNX directory: what was proven, on which provider, with which onnxruntime."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from serving.directory import VERIFICATION, DirectoryError, current, identity, write_json
+from serving.format_version import stamp
+
+
+def append_verification(folder: Path, record: dict[str, Any]) -> None:
+    """Add one record (`provider`, `onnxruntime`, `identity`, `passed`, `checks`, ...), newest last.
+
+    Raises NewerFormat, and changes nothing, where a newer Trivet keeps them.
+    """
+    records = earlier_records(folder)
+    write_json(folder / VERIFICATION, {**stamp(), "records": [*records, record]})
+
+
+def earlier_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records so far; none where they are missing or broken. Raises NewerFormat."""
+    try:
+        return _read_records(folder / VERIFICATION)
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:
+    """Return the newest verification record for this provider and onnxruntime version.
+
+    Raises DirectoryError when there is none, when it failed, or when it is stale (other files, other onnxruntime).
+    """
+    fix = f"run: trivet verify {folder} --provider {provider}"
+    try:
+        records = _read_records(folder / VERIFICATION)
+    except FileNotFoundError:
+        raise DirectoryError(f"{folder}: never verified; {fix}") from None
+    except (OSError, ValueError) as error:
+        raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
+    mine = [record for record in records if record.get("provider") == provider]
+    if not mine:
+        raise DirectoryError(f"{folder}: not verified on provider {provider}; {fix}")
+    newest = mine[-1]
+    if not newest.get("passed"):
+        raise DirectoryError(f"{folder}: its verification on {provider} failed: {newest.get('reason')}; export again")
+    if newest.get("identity") != identity(folder):
+        raise DirectoryError(f"{folder}: its verification is of other files (stale); {fix}")
+    if newest.get("onnxruntime") != onnxruntime:
+        found = newest.get("onnxruntime")
+        raise DirectoryError(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
+    return newest
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records in a verification.json. Raises NewerFormat, or OSError or ValueError where there are none."""
+    records = current(path, json.loads(path.read_text(encoding="utf-8"))).get("records")
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it holds no list of records")
+    return records

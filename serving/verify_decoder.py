@@ -1,0 +1,180 @@
+"""The checks of a decoder: whole prompts, and the real engine's greedy tokens, beside what the source answered.
+
+Compared are the tokenizer and the chat template, the logits of whole prompts (one by one and as one padded batch), and
+the engine's greedy tokens with the logits behind each, one by one and in a crowd with chunked prompts. Shape letters:
+B rows, T tokens, V vocabulary.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from serving.checks import LOGIT_TOLERANCE, Cases, Check, check_text, graded, max_abs_diff
+from serving.directory import REFERENCE
+from serving.engine import NEAR_TIE, Engine
+from serving.forward import whole_texts
+from serving.manifest import Manifest
+from serving.request import Request, Sampling
+from serving.session import Session
+
+CROWD_SLOTS = 4  # fewer than the prompts, so that rows are left and taken again
+CROWD_STEP_TOKENS = 7  # fewer than most prompts, so that they come in chunks
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source answered: prompts with their greedy continuations, logits over both, texts and chats.
+
+    Of a long text only the last logits are there, so they are looked up from the end.
+    """
+
+    ids: list[list[int]]
+    prompt_lengths: list[int]
+    logits_TV: list[np.ndarray]
+    cases: Cases
+
+    @classmethod
+    def load(cls, folder: Path) -> "Reference":
+        """Read the directory's reference.safetensors."""
+        with safe_open(folder / REFERENCE, framework="numpy") as file:
+            lengths = file.get_tensor("prompt_lengths").tolist()
+            ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
+            logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
+            cases = {name: json.loads(text) for name, text in file.metadata().items()}
+        return cls(ids, lengths, logits, cases)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The prompts alone."""
+        return [ids[:length] for ids, length in zip(self.ids, self.prompt_lengths, strict=True)]
+
+    @property
+    def num_short(self) -> int:
+        """How many texts, the first ones, have logits at every token."""
+        return sum(len(logits_TV) == len(ids) - 1 for ids, logits_TV in zip(self.ids, self.logits_TV, strict=True))
+
+    def next_logits(self, index: int, position: int) -> np.ndarray:
+        """Return the logits behind the token at `position` of a text."""
+        return self.logits_TV[index][position - len(self.ids[index])]
+
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute logit difference that is accepted."""
+        return LOGIT_TOLERANCE * float(np.concatenate(self.logits_TV).std())
+
+
+def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
+    """Run all checks, calling `report` at the start of each stage; return them by name."""
+    reference = Reference.load(folder)
+    report("verifying text")
+    checks = {"text": check_text(folder, reference.cases)}
+    report("verifying logits")
+    checks["logits_one_by_one"] = check_logits(session, manifest, reference, batch=1)
+    checks["logits_padded_batch"] = check_logits(session, manifest, reference, batch=reference.num_short)
+    report("verifying tokens")
+    checks["tokens_one_by_one"] = check_tokens(session, manifest, reference, crowd=False)
+    checks["tokens_in_a_crowd"] = check_tokens(session, manifest, reference, crowd=True)
+    return checks
+
+
+def check_logits(session: Session, manifest: Manifest, reference: Reference, *, batch: int) -> Check:
+    """Compare the logits of whole texts with all that the reference has, `batch` texts to a run, padded right."""
+    texts = [ids[:-1] for ids in reference.ids]
+    differences = []
+    for start in range(0, len(texts), batch):
+        logits_BTV = whole_texts(session, manifest, texts[start : start + batch])
+        for index, logits_TV in enumerate(logits_BTV, start):
+            expected_TV, end = reference.logits_TV[index], len(texts[index])
+            differences.append(max_abs_diff(logits_TV[end - len(expected_TV) : end], expected_TV))
+    positions = sum(map(len, reference.logits_TV))
+    return graded(max(differences), reference.tolerance, rows=len(texts), positions=positions, batch=batch)
+
+
+def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, crowd: bool) -> Check:
+    """Compare the engine's greedy tokens, and the logits behind them, with the source's.
+
+    One by one, each prompt is one chunk. In a crowd there are fewer slots than prompts, prompts come in chunks, and
+    most requests join while others decode. A wrong token is excused where the source's two best logits are a near tie;
+    what follows it in its row is another text, and is not compared.
+    """
+    requests = [
+        Request(str(index), prompt, Sampling(max_new_tokens=len(ids) - len(prompt), ignore_end=True))
+        for index, (prompt, ids) in enumerate(zip(reference.prompts, reference.ids, strict=True))
+    ]
+    comparison = _Comparison(reference, requests)
+    longest = max(map(len, reference.ids))
+    settings = (
+        {"slots": CROWD_SLOTS, "step_tokens": CROWD_STEP_TOKENS} if crowd else {"slots": 1, "step_tokens": longest}
+    )
+    engine = Engine(manifest, session, max_length=longest, observe=comparison.observe, **settings)
+    if crowd:
+        for request in requests[-2:]:
+            engine.add(request)
+        for _ in range(3):
+            engine.step()
+        for request in requests[:-2]:
+            engine.add(request)
+        engine.run()
+    else:
+        for request in requests:
+            engine.add(request)
+            engine.run()
+    return comparison.check()
+
+
+class _Comparison:
+    """Follows the engine's requests, whose i-th is the reference's i-th text."""
+
+    def __init__(self, reference: Reference, requests: list[Request]) -> None:
+        self._reference = reference
+        self._index = {request: index for index, request in enumerate(requests)}
+        self._differences = [0.0]
+
+    def observe(self, request: Request, logits_V: np.ndarray) -> None:
+        """Compare the logits of the next token, if the tokens so far are the source's."""
+        index = self._index[request]
+        position = len(request.prompt_ids) + len(request.output_ids)
+        if request.prompt_ids + request.output_ids == self._reference.ids[index][:position]:
+            self._differences.append(max_abs_diff(logits_V, self._reference.next_logits(index, position)))
+
+    def check(self) -> Check:
+        """Return the result after the engine has run."""
+        errors, wrong, near_ties = [], [], 0
+        for request, index in self._index.items():
+            expected = self._reference.ids[index][len(request.prompt_ids) :]
+            step = _first_difference(request.output_ids, expected)
+            if request.error:
+                errors.append(f"text {index}: {request.error}")
+            elif step is None:
+                continue
+            elif self._margin(index, len(request.prompt_ids) + step) < NEAR_TIE:
+                near_ties += 1
+            else:
+                wrong.append(f"text {index} token {step} is {request.output_ids[step]}, not {expected[step]}")
+        check = graded(
+            max(self._differences),
+            self._reference.tolerance,
+            rows=len(self._index),
+            tokens=sum(len(request.output_ids) for request in self._index),
+            mismatches=len(wrong),
+            near_ties=near_ties,
+        )
+        if errors or wrong:
+            first = (errors + wrong)[0]
+            check |= {
+                "passed": False,
+                "found": f"{check['found']}, {len(wrong)} rows with wrong tokens, first: {first}",
+            }
+        return check
+
+    def _margin(self, index: int, position: int) -> float:
+        second, first = np.partition(self._reference.next_logits(index, position), -2)[-2:]
+        return float(first - second)
+
+
+def _first_difference(found: list[int], expected: list[int]) -> int | None:
+    return next((step for step, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
