@@ -1,20 +1,22 @@
 """What a run is made of: everything between a validated config and step 0, on every rank alike."""
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from trainer import distributed, hub, models
+from trainer import distributed, hub, models, tracking
 from trainer.config import NewModel, PretrainedModel, PretrainedTokenizer, RunConfig, TrainedTokenizer
 from trainer.distributed import World
 from trainer.feed import Feed, micro_rows
 from trainer.metrics import Terminal
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.optim import build_optimizer
-from trainer.sources import Splits, read_splits
+from trainer.sources import Splits, read_splits, tell_left_out
 from trainer.strategies import STRATEGIES, count_parameters
 from trainer.tokenizers import load_tokenizer, train_tokenizer
 
@@ -32,11 +34,18 @@ class Parts:
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
 
+    def samples(self, count: int) -> list[str]:
+        """Return the text of so many held-out examples, as the model reads them."""
+        examples = itertools.chain.from_iterable(self.feed.held_out)
+        return [self.tokenizer.decode(example.input_ids) for example in itertools.islice(examples, count)]
+
 
 def build(config: RunConfig) -> Parts:
     """Return everything a run needs. Raises BadInput for data, model or batch that cannot work."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its warnings of retries hold the address, and a mirror's may hold a password
+    tracking.check(config.log)
     world = distributed.start(config)
     micro = micro_rows(config, world.size)
     if isinstance(config.model, PretrainedModel):
@@ -60,6 +69,8 @@ def build(config: RunConfig) -> Parts:
     model = STRATEGIES[config.strategy.type](model, config.strategy).train()
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
+        if splits.left_out:
+            Terminal.say_once(tell_left_out(splits))
         Terminal.say_once(describe(config, world, model, splits, num_rows=len(train_rows)))
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
     return Parts(world, splits, objective, tokenizer, feed, model, optimizer, fingerprints)
@@ -70,11 +81,12 @@ def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> 
     tokenizer, model = config.tokenizer, config.model
     if isinstance(tokenizer, TrainedTokenizer) and isinstance(model, NewModel):
         return train_tokenizer(objective.texts(splits.train), tokenizer.vocab_size, model.context_length)
-    path = tokenizer.path if isinstance(tokenizer, PretrainedTokenizer) else None
+    assert isinstance(tokenizer, PretrainedTokenizer), "the config lets only a new model train its tokenizer"
+    path = tokenizer.path
     if path is None:
         assert isinstance(model, PretrainedModel), "the config lets no new model be without a tokenizer"
         path = model.path
-    return load_tokenizer(path)
+    return load_tokenizer(path, tokenizer.chat_template)
 
 
 def take_fingerprints(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> dict[str, str]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from serving import directory
-from serving.directory import DirectoryError
+from serving.directory import DirectoryError, NewerFormat
 from trainer import shards
 from trainer.distributed import World
 from trainer.shards import Held
@@ -77,12 +77,17 @@ def save(
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint in `folder`, or None, and why newer ones were skipped."""
+    """Return the newest complete checkpoint in `folder`, or None, and why newer ones were skipped.
+
+    Raises NewerFormat where a newer Trivet wrote one: what was trained since is not to be trained again, and lost.
+    """
     skipped: list[str] = []
     for path in _steps(folder):
         try:
             _check(path)
             return path, skipped
+        except NewerFormat:
+            raise
         except DirectoryError as error:
             skipped.append(str(error))
     return None, skipped
@@ -117,8 +122,8 @@ def load(
 
 def _check(path: Path) -> None:
     """Raise DirectoryError unless every file, the manifest too, is as it was written."""
-    manifest = directory.read_manifest(path, "checkpoint")
-    about_itself = ("format_version", "kind", "files", "digest")
+    manifest = directory.read_manifest(path, "checkpoint", as_written=True)  # what the digest is of
+    about_itself = ("format_version", "trivet", "kind", "files", "digest")
     fields = {name: value for name, value in manifest.items() if name not in about_itself}
     if manifest.get("digest") != _digest(fields) or not isinstance(manifest.get("files"), dict):
         raise DirectoryError(f"{path / directory.MANIFEST}: altered since it was written")

@@ -45,9 +45,14 @@ class Feed:
         """Return the number of real tokens, over all ranks, that `step` reads."""
         return sum(num_tokens(self.train[i]) for i in self.rows_at(step))
 
-    def longest(self) -> Batch:
-        """Return the micro-batch that needs the most memory."""
-        return self._collate(heapq.nlargest(self.micro_rows, self.train, key=num_tokens))
+    def longest(self, num_rows: int | None = None) -> Batch:
+        """Return the micro-batch that needs the most memory, or only its first `num_rows`: the longest rows.
+
+        Where there are fewer rows than that, a step takes them more than once, and so does this.
+        """
+        wanted = num_rows or self.micro_rows
+        rows = heapq.nlargest(wanted, self.train, key=num_tokens)
+        return self._collate([rows[i % len(rows)] for i in range(wanted)])
 
     def evaluation(self) -> list[Batch]:
         """Return this rank's part of the held-out batches."""

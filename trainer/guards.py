@@ -2,7 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from serving.directory import BadInput
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -13,6 +18,33 @@ class RunFailed(Exception):
     def __init__(self, message: str, *, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+@contextmanager
+def writing(what: str, *, step: int) -> Iterator[None]:
+    """Raise RunFailed, saying `what` could not be written, where the block finds the disk full, gone or read-only."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_about_a_disk(error):
+            raise
+        message = f"{what} cannot be written ({error}); mend that and start the run again: it goes on where it can"
+        raise RunFailed(message, step=step) from None
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[None]:
+    """Raise BadInput where the first files of a run cannot be written into its folder."""
+    try:
+        yield
+    except OSError as error:
+        message = f"run.dir: {folder} cannot be written ({error.strerror}); free some space or choose another run.dir"
+        raise BadInput(message) from None
+
+
+def _is_about_a_disk(error: Exception) -> bool:
+    # By its name: this file is loaded by every command, and safetensors is not to be.
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
 
 
 class StopRequest:

@@ -24,7 +24,14 @@ def check_reachable(path: str, setting: str) -> None:
         return
     if not _HUB_NAME.fullmatch(path):
         raise BadInput(f"{setting}: {path}: no such folder; check the path (it is relative to where you stand)")
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str) or _hub_answers():
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(
+            f"{setting}: {path}: no such folder, and as a hub name it is not in the cache {constants.HF_HUB_CACHE}, "
+            f"while HF_HUB_OFFLINE is set; check the path, or unset HF_HUB_OFFLINE to download it"
+        )
+    if _hub_answers():
         return
     raise BadInput(
         f"{setting}: {path}: no such folder, and as a hub name it needs {constants.ENDPOINT}, which does not answer; "

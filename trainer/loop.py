@@ -2,23 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from serving import directory
-from trainer import checkpoint, distributed, model_dir, order, run_folder
+from trainer import checkpoint, distributed, model_dir, order, out_of_memory, run_folder, tracking
 from trainer.build import Parts, build
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import NotFinite, World
 from trainer.evaluate import evaluate, to_device
-from trainer.guards import RunFailed, StopRequest
+from trainer.guards import RunFailed, StopRequest, starting, writing
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
+from trainer.plan import Plan, make_plan
 from trainer.strategies import count_parameters
 
 STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
@@ -31,15 +31,16 @@ def train(config: RunConfig, config_yaml: str) -> int:
     """
     folder = config.run.folder
     with StopRequest() as stop:
-        parts = build(config)
-        is_main = parts.world.is_main
-        with run_folder.claimed(folder) if is_main else nullcontext():
-            if is_main:
-                directory.write_text(folder / "config.yaml", config_yaml)
-            done = resume(config, parts)
-            status(config, parts.world, "running", None, done.step)
+        with out_of_memory.while_building(config):
+            parts = build(config)
+        is_main, device = parts.world.is_main, parts.world.accelerator.device
+        plan = check_memory(config, parts, world_size=parts.world.size)
+        with out_of_memory.explained(plan, config, device):
             rehearse(parts)
-            with open_log(config, done.step) if is_main else nullcontext() as log:
+        with run_folder.claimed(folder) if is_main else nullcontext():
+            done = resume(config, parts)
+            log = start(config, config_yaml, parts, done) if is_main else None
+            with log or nullcontext(), out_of_memory.explained(plan, config, device, failure=partial(failed, config)):
                 return run_steps(config, parts, done, stop, log)
 
 
@@ -114,6 +115,23 @@ def resume(config: RunConfig, parts: Parts) -> Counters:
     return checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
 
 
+def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
+    """Return how much memory a rank needs; say so where it may be more than there is. None under DeepSpeed.
+
+    Raises OutOfMemory where it certainly is.
+    """
+    if parts.world.mode == "deepspeed":
+        return None  # its engine divides gradients and moments among the ranks
+    model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
+    plan = make_plan(
+        model, parts.objective, parts.feed.longest(1), config, world_size=world_size, autocast=accelerator.autocast
+    )
+    warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device)
+    if warning and parts.world.is_main:
+        Terminal.say_once(warning)
+    return plan
+
+
 def rehearse(parts: Parts) -> None:
     """Run the longest batch forward and back once, so that running out of memory shows before step 0."""
     if parts.world.mode == "deepspeed":
@@ -125,14 +143,27 @@ def rehearse(parts: Parts) -> None:
     parts.optimizer.zero_grad()
 
 
-def open_log(config: RunConfig, start_step: int) -> RunLog:
-    return RunLog(
-        config.run.folder,
-        start_step=start_step,
-        total_steps=config.run.steps,
-        every=config.log.every,
-        tensorboard=config.log.tensorboard,
-    )
+def start(config: RunConfig, config_yaml: str, parts: Parts, done: Counters) -> RunLog:
+    """Write that the run is running and return its log. Raises BadInput where nothing can be written."""
+    folder = config.run.folder
+    trackers = tracking.open_trackers(config, parts.samples(config.log.sample_text))
+    with starting(folder):
+        directory.write_text(folder / "config.yaml", config_yaml)
+        run_folder.write_status(folder, "running", code=None, step=done.step)
+        return RunLog(
+            folder,
+            start_step=done.step,
+            total_steps=config.run.steps,
+            every=config.log.every,
+            tensorboard=config.log.tensorboard,
+            trackers=trackers,
+        )
+
+
+def failed(config: RunConfig, message: str) -> RunFailed:
+    """Return the error of a run that failed between two checkpoints."""
+    saved = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
+    return RunFailed(f"{message}; started again, the run goes on from step {saved}", step=saved)
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -162,15 +193,6 @@ def save(config: RunConfig, parts: Parts, done: Counters) -> None:
         status(config, parts.world, "running", None, done.step)
 
 
-@contextmanager
-def writing(what: str, *, step: int) -> Iterator[None]:
-    """Raise RunFailed, saying `what` could not be written, where the block finds the disk full, gone or read-only."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(f"{what} cannot be written ({error}); mend that and start the run again", step=step) from None
-
-
 def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
     """Say that the run stopped where everything is saved; return the exit code."""
     reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
@@ -182,7 +204,8 @@ def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, lo
 
 def status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:
     if world.is_main:
-        run_folder.write_status(config.run.folder, state, code=code, step=step, reason=reason)
+        with writing(f"{config.run.folder / 'status.json'}", step=step):
+            run_folder.write_status(config.run.folder, state, code=code, step=step, reason=reason)
 
 
 def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float]) -> None:
@@ -197,26 +220,27 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, f
                 labels=parts.objective.labels, step=done.step, metrics=metrics,
             )  # fmt: skip
         score_name, score_mode = parts.objective.score
-        run_folder.write_result(
-            folder,
-            objective=config.objective.type,
-            strategy=config.strategy.type,
-            steps=done.step,
-            score=metrics[score_name],
-            score_name=score_name,
-            score_mode=score_mode,
-            metrics=metrics,
-            initial_metrics=_initial_metrics(config),
-            baseline=parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
-            trainable_parameters=learning,
-            total_parameters=total,
-            tokens=done.total_tokens,
-            seconds=done.elapsed_s,
-            tokens_per_s=done.total_tokens / max(done.elapsed_s, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(),
-            data_fingerprint=parts.splits.fingerprint,
-            world_size=world.size,
-        )
+        with writing(f"{folder / 'result.json'}", step=done.step):
+            run_folder.write_result(
+                folder,
+                objective=config.objective.type,
+                strategy=config.strategy.type,
+                steps=done.step,
+                score=metrics[score_name],
+                score_name=score_name,
+                score_mode=score_mode,
+                metrics=metrics,
+                initial_metrics=_initial_metrics(config),
+                baseline=parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
+                trainable_parameters=learning,
+                total_parameters=total,
+                tokens=done.total_tokens,
+                seconds=done.elapsed_s,
+                tokens_per_s=done.total_tokens / max(done.elapsed_s, 1e-9),
+                peak_memory_bytes=peak_memory_bytes(),
+                data_fingerprint=parts.splits.fingerprint,
+                world_size=world.size,
+            )
     world.barrier()
     status(config, world, "done", 0, done.step)
 

@@ -1,8 +1,11 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and a progress bar or plain lines on the terminal."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard, trackers, and a progress bar or lines on the terminal."""
 
+import contextlib
 import json
 import resource
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serving import directory
+from trainer.guards import writing
 from trainer.run_folder import read_metrics
+from trainer.tracking import Tracker
 
 
 class RunLog:
@@ -20,23 +25,37 @@ class RunLog:
     A context manager: the terminal and the files are given back however the run ends.
     """
 
-    def __init__(self, folder: Path, *, start_step: int, total_steps: int, every: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        every: int,
+        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.every, self.total_steps = every, total_steps
         kept = _kept(self.path, start_step, total_steps)
         directory.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", start_step) if tensorboard else None
+        self._trackers = list(trackers)
         self._terminal = Terminal(folder.name, start_step, total_steps)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        for tracker in list(self._trackers):
+            self._give(tracker, "close", failed=error is not None)
         self._terminal.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written is tried again here
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
     def train(self, step: int, **fields: Any) -> None:
         """Log a training step (1-based: steps done)."""
@@ -55,11 +74,23 @@ class RunLog:
         self._terminal.say(text)
 
     def _write(self, kind: str, step: int, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **fields}, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in fields.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        with writing(f"{self.path}: step {step}", step=step):
+            self._file.write(json.dumps({"kind": kind, "step": step, **fields}, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for name, value in fields.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in list(self._trackers):
+            self._give(tracker, "log", kind, step, fields)
+
+    def _give(self, tracker: Tracker, call: str, *arguments: Any, **named: Any) -> None:
+        try:
+            getattr(tracker, call)(*arguments, **named)
+        except Exception as error:  # each client has its own kinds, and none is worth a run
+            self._trackers.remove(tracker)
+            self.say(
+                f"{tracker.name}: {type(error).__name__}: it gets no more of this run; metrics.jsonl has all of it"
+            )
 
 
 class Terminal:
@@ -115,4 +146,15 @@ def _kept(path: Path, start_step: int, total_steps: int) -> list[dict[str, Any]]
 def _tensorboard(folder: Path, start_step: int):
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _but_not_of_a_full_disk(threading.excepthook)
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+
+
+def _but_not_of_a_full_disk(report: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., None]:
+    """Keep quiet where TensorBoard's thread cannot write: the run ends on its own next line, and says it once."""
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+            report(args)
+
+    return hook

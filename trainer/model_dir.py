@@ -43,6 +43,7 @@ def save_model(
             labels=labels,
             base_model=base,
             step=step,
+            max_length=config.batch.max_length,
         )
 
 

@@ -28,6 +28,8 @@ def build_model(
         extra |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": _numbered(labels)}
     if isinstance(section, NewModel):
         return auto.from_config(_new_config(section, tokenizer, extra), attn_implementation="sdpa").float()
+    if labels is not None:
+        _check_labels(section.path, labels)
     try:
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=False, **extra)
         # Sizes are compared by `_check_loaded`: transformers would print a table and raise without a name.
@@ -66,6 +68,26 @@ def fingerprint(path: str) -> str | None:
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     hashes = [f"{file.name} {directory.sha256(file)}" for file in files if file.is_file()]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _check_labels(path: str, labels: list[str]) -> None:
+    """Raise BadInput if the model is a classifier already, of other labels than these; names like LABEL_0 are none."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return  # said where the model is loaded
+    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
+    known = [str(name) for name in (config.id2label or {}).values()]
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(known))
+    if is_classifier and (len(known) != len(labels) or not (unnamed or set(known) == set(labels))):
+        raise BadInput(
+            f"model.path: {path} tells {_shown(known)} apart, but data.label has {_shown(labels)}; use the model that "
+            "it was made from, or data with its labels"
+        )
+
+
+def _shown(labels: list[str]) -> str:
+    return ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
 
 
 def _check_loaded(path: str, model: torch.nn.Module, loaded: dict[str, Any], *, new_head: bool) -> None:

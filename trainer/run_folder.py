@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from serving import directory
-from serving.directory import FORMAT_VERSION, BadInput
+from serving.directory import BadInput
+from trainer.redact import redacted
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers", "safetensors")
 
@@ -19,12 +20,15 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokeniz
 def claimed(folder: Path) -> Iterator[None]:
     """Make the run folder and hold it for this process while the block runs; the kernel lets go of it after a kill.
 
-    Raises BadInput if another process trains there, or nothing can be written there.
+    If the block leaves nothing in it, the folder is removed. Raises BadInput if another process trains there, or
+    nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only an empty one goes
         raise BadInput(f"run.dir: {folder} cannot be written ({error.strerror}); choose another run.dir") from None
     with lock:
         try:
@@ -33,22 +37,31 @@ def claimed(folder: Path) -> Iterator[None]:
             raise BadInput(
                 f"run.name: another process is training in {folder}; wait for it, or choose another run.name"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def write_status(folder: Path, state: str, *, code: int | None, step: int, reason: str = "") -> None:
     """Replace status.json: state is running, done, stopped or failed; `code` what `trivet` returns for it."""
-    fields = {"format_version": FORMAT_VERSION, "state": state, "code": code, "step": step, "reason": reason}
+    fields = {**directory.stamp(), "state": state, "code": code, "step": step, "reason": redacted(reason)}
     directory.write_json(folder / "status.json", fields)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return status.json, or None where there is none that can be read, with a state and a step."""
+    """Return status.json, or None where there is none that can be read, with a state and a step.
+
+    It says the format of the whole run folder: raises NewerFormat where a newer Trivet wrote it.
+    """
+    path = folder / "status.json"
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = directory.current(path, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-    whole = isinstance(status, dict) and isinstance(status.get("state"), str) and isinstance(status.get("step"), int)
+    whole = isinstance(status.get("state"), str) and isinstance(status.get("step"), int)
     return status if whole else None
 
 
@@ -69,10 +82,8 @@ def parse_metric(line: str) -> dict[str, Any]:
 
 
 def write_result(folder: Path, **fields: Any) -> None:
-    """Write result.json with format_version, `fields` and the versions of what ran."""
-    directory.write_json(
-        folder / "result.json", {"format_version": FORMAT_VERSION, **fields, "versions": installed_versions()}
-    )
+    """Write result.json with the stamp, `fields` and the versions of what ran."""
+    directory.write_json(folder / "result.json", {**directory.stamp(), **fields, "versions": installed_versions()})
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,133 +1,121 @@
-"""Where rows come from: the embedded corpus, or the user's files. Rows are plain dicts, read once, checked early."""
+"""Where a run's rows come from, the embedded corpus or the user's files, and which of them train or are held out."""
 
-import csv
-import gzip
+import functools
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from serving.directory import BadInput
 from trainer import corpus
+from trainer.columns import TAKES, BadRow, label_of
 from trainer.config import EmbeddedData, FileData
 from trainer.corpus import Row
+from trainer.data_files import DataError, read_rows
 
-_LARGEST_FIELD_BYTES = 2**30  # of a csv file: Python's own limit, 128 KiB, is shorter than many documents
+__all__ = ["DataError", "LeftOut", "NothingHeldOut", "Splits", "divide", "read_rows", "read_splits", "tell_left_out"]
+
+_PLACES_KEPT = 3
 
 
-class DataError(BadInput):
-    """Data that cannot be trained on: missing, empty, broken, or without a needed column."""
+class NothingHeldOut(DataError):
+    """Rows that are so few, or so alike, that their content holds out none or all of them."""
 
 
-class FileRow(dict[str, Any]):
-    """A row that knows its file and line, so that an error about it can say where it stands."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows that are not trained or evaluated on: how many, why ("without 'label'"), and where the first ones stand."""
 
-    def __init__(self, values: dict[str, Any], path: Path, line: int) -> None:
-        super().__init__(values)
-        self.place = f"{path}, line {line}"
+    reason: str
+    count: int
+    places: list[str]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and held-out rows, and a hash of both in order."""
+    """Training and held-out rows, a hash of both in order, and what was left out of them."""
 
     train: list[Row]
     held_out: list[Row]
     fingerprint: str
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def read_splits(data: EmbeddedData | FileData, objective: str) -> Splits:
     """Return the rows of a run. Raises DataError for missing or empty files and rows that cannot be read."""
     if isinstance(data, EmbeddedData):
         train, held_out = corpus.split(corpus.VIEWS[objective](corpus.read_items()))
-        train = train[: data.max_rows]
-    elif data.validation is not None:
-        train, held_out = list(read_rows(data.train)), list(read_rows(data.validation))
-    else:
-        rows = list(read_rows(data.train))
-        train, held_out = _split_by_content(rows, data.validation_fraction)
-        if rows and not (train and held_out):
-            raise DataError(
-                f"data.validation_fraction: {data.validation_fraction} leaves {len(train)} of the {len(rows)} rows of "
-                f"{data.train} for training; change it, or name a file as data.validation"
-            )
-    for name, rows in (("train", train), ("validation", held_out)):
+        return Splits(train[: data.max_rows], held_out, _fingerprint(train[: data.max_rows], held_out))
+    train = list(read_rows(data.train, data.split_txt))
+    validation = list(read_rows(data.validation, data.split_txt)) if data.validation is not None else None
+    return divide(data, objective, train, validation)
+
+
+def divide(data: FileData, objective: str, train: list[Row], validation: list[Row] | None) -> Splits:
+    """Return the splits of rows that were read: bad ones left out where `data` allows it, a part held out where there
+    is no validation file. Raises DataError if either side is empty, or a column that rows may lack is in none."""
+    if data.context is not None and train and not any(data.context in row for row in train):
+        raise DataError(f"data.context: no row has {data.context!r}; the first has: {', '.join(train[0])}; name one")
+    dropped: list[BadRow] = []
+    if data.skip_bad_rows:
+        check = functools.partial(TAKES[objective], data=data)
+        train = _usable(train, check, dropped)
+        validation = _usable(validation, check, dropped) if validation is not None else None
+    if validation is None:
+        train, validation = _hold_out(data, train)
+    if data.skip_bad_rows and objective == "classification":
+        known = {label_of(row, index, data) for index, row in enumerate(train)}
+        validation = _usable(validation, functools.partial(_check_label, known=known, data=data), dropped)
+    splits = Splits(train, validation, _fingerprint(train, validation, data.system), _count(dropped))
+    for name, rows in (("train", train), ("validation", validation)):
         if not rows:
-            raise DataError(f"data.{name}: no rows in {_describe(data, name)}; at least one is needed")
-    return Splits(train, held_out, _fingerprint(train, held_out))
+            file = data.validation if name == "validation" and data.validation else data.train
+            why = f" ({tell_left_out(splits)})" if dropped else ""
+            raise DataError(f"data.{name}: no rows in {file}{why}; at least one is needed")
+    return splits
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .csv or .txt file (one text a line), also gzipped."""
-    name = path.name.removesuffix(".gz")
-    reader = READERS.get(Path(name).suffix)
-    if reader is None:
-        raise DataError(f"data: {path} has an unknown ending; accepted: {', '.join(READERS)}, each also with .gz")
-    if not path.is_file():
-        raise DataError(f"data: {path}: no such file; check the path (it is relative to where you stand)")
-    line = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for line, values in reader(_lines(file), path):
-                yield FileRow(values, path, line)
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"data: {path}, after line {line}: cannot be read ({error}); mend the file") from None
-    except _NotUTF8 as error:
-        raise DataError(f"data: {path}, line {error}: not UTF-8 text; convert the file to UTF-8") from None
+def tell_left_out(splits: Splits) -> str:
+    """Say in one line what was left out, and why."""
+    total = sum(each.count for each in splits.left_out)
+    reasons = ", ".join(f"{each.count:,} {each.reason} (first: {each.places[0]})" for each in splits.left_out)
+    return f"left out {total:,} of {total + len(splits.train) + len(splits.held_out):,} rows: {reasons}"
 
 
-class _NotUTF8(Exception):
-    """Carries the number of the line."""
-
-
-def _lines(file: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a file in UTF-8, with or without the mark that some editors put before the first."""
-    for number, line in enumerate(file, 1):
+def _usable(rows: list[Row], check: Callable[[Row, int], object], dropped: list[BadRow]) -> list[Row]:
+    """The rows that pass the check; what was wrong with the others goes into `dropped`."""
+    kept = []
+    for index, row in enumerate(rows):
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise _NotUTF8(number) from None
+            check(row, index)
+        except BadRow as error:
+            dropped.append(error)
+        else:
+            kept.append(row)
+    return kept
 
 
-def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            kind = "not Unicode text" if isinstance(error, UnicodeEncodeError) else "not JSON"
-            raise DataError(f"data: {path}, line {number}: {kind} ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"data: {path}, line {number}: a {type(row).__name__}; expected an object per line")
-        yield number, row
+def _check_label(row: Row, index: int, *, known: set[str], data: FileData) -> None:
+    if (label := label_of(row, index, data)) not in known:
+        raise BadRow(row, index, "label", f": {label!r} is in no training row", "whose label is in no training row")
 
 
-def _read_csv(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(_LARGEST_FIELD_BYTES)
-    reader = csv.DictReader(lines, strict=True)
-    names = list(reader.fieldnames or ())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"data: {path}, line 1: two columns are named {twice[0]!r}; rename one")
-    for row in reader:
-        if None in row or None in row.values():
-            expected = len(reader.fieldnames or ())
-            raise DataError(
-                f"data: {path}, line {reader.line_num}: not {expected} fields, as in its first line; mend it"
-            )
-        yield reader.line_num, row
+def _count(dropped: list[BadRow]) -> tuple[LeftOut, ...]:
+    """What was dropped, by reason, the commonest first."""
+    return tuple(
+        LeftOut(reason, count, [error.place for error in dropped if error.reason == reason][:_PLACES_KEPT])
+        for reason, count in Counter(error.reason for error in dropped).most_common()
+    )
 
 
-def _read_txt(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    yield from ((number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(lines, 1) if line.strip())
-
-
-READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+def _hold_out(data: FileData, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    train, held_out = _split_by_content(rows, data.validation_fraction)
+    if rows and not (train and held_out):
+        raise NothingHeldOut(
+            f"data.validation_fraction: {data.validation_fraction} leaves {len(train)} of the {len(rows)} rows of "
+            f"{data.train} for training; change it, or name a file as data.validation"
+        )
+    return train, held_out
 
 
 def _split_by_content(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
@@ -143,14 +131,10 @@ def _digest(row: Row) -> bytes:
     return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).digest()
 
 
-def _fingerprint(train: list[Row], held_out: list[Row]) -> str:
+def _fingerprint(train: list[Row], held_out: list[Row], system: str | None = None) -> str:
     total = hashlib.sha256()
     for row in (*train, {}, *held_out):
         total.update(_digest(row))
+    if system is not None:
+        total.update(system.encode())
     return total.hexdigest()
-
-
-def _describe(data: EmbeddedData | FileData, name: str) -> str:
-    if isinstance(data, EmbeddedData):
-        return "the embedded corpus"
-    return str(data.validation if name == "validation" and data.validation else data.train)

@@ -34,6 +34,8 @@ def apply_lora(model: torch.nn.Module, config: Lora) -> torch.nn.Module:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers by a name that is on its way out.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # It then turns it round by itself, which is right: GPT-2's Conv1D keeps its weights transposed.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
             return get_peft_model(model, lora)
     except (ValueError, re.error) as error:
         raise BadInput(f"strategy.targets: {config.targets!r} found; {str(error).splitlines()[0]}") from None

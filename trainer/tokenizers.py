@@ -4,6 +4,7 @@ Special tokens, chat template, padding side and longest length are decided here 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -45,19 +46,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     return tokenizer
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved at a folder or hub name, with a pad token (the end token where it has none).
 
-    Raises BadInput if there is none or it has no end token: without one a model never learns to stop.
+    The Jinja file `chat_template`, if given, replaces its own. Raises BadInput if there is no tokenizer or no such
+    file, or if it has no end token: without one a model never learns to stop.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"tokenizer.path: no tokenizer can be loaded from {path} ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT and its kin close a text by it
     if tokenizer.eos_token_id is None:
         raise BadInput(f"tokenizer.path: the tokenizer at {path} has no end token (eos_token); add one to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"tokenizer.chat_template: {chat_template}: cannot be read ({error}); mend it") from None
     return tokenizer
 
 

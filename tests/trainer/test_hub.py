@@ -32,6 +32,9 @@ def test_a_hub_name_without_a_hub_is_refused_at_once(path):
         hub.check_reachable(path, "model.path")
 
 
-def test_offline_mode_leaves_the_answer_to_the_cache(monkeypatch):
+def test_offline_mode_takes_what_is_cached_and_refuses_the_rest(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.check_reachable("org/model", "model.path")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: "/cache" if name == "org/cached" else None)
+    hub.check_reachable("org/cached", "model.path")
+    with pytest.raises(BadInput, match=r"model\.path: org/other: .* not in the cache .*, while HF_HUB_OFFLINE is set"):
+        hub.check_reachable("org/other", "model.path")

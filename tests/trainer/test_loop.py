@@ -1,6 +1,7 @@
 """The loop against an independent one, and what it does with numbers that are not finite."""
 
 import copy
+import importlib.metadata
 import json
 import math
 
@@ -162,7 +163,8 @@ def test_the_run_folder_tells_what_happened(make_config, train):
     assert train(config) == 0
     folder = config.run.folder
     status = json.loads((folder / "status.json").read_text())
-    assert status == {"format_version": 1, "state": "done", "code": 0, "step": 6, "reason": ""}
+    stamp = {"format_version": 2, "trivet": importlib.metadata.version("trivet")}
+    assert status == {**stamp, "state": "done", "code": 0, "step": 6, "reason": ""}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("eval", 0), ("train", 1), ("eval", 3), ("train", 4), ("train", 6), ("eval", 6),
@@ -246,10 +248,11 @@ def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, mo
 
     nan = float("nan")
     if poison_at == "loss":
-        monkeypatch.setattr("trainer.objectives.causal_lm.cross_entropy_sum", poisoned(cross_entropy_sum, call=5))
+        monkeypatch.setattr("trainer.objectives.causal_lm.cross_entropy_sum", poisoned(cross_entropy_sum, call=9))
     else:
         monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", poisoned(Accelerator.clip_grad_norm_, call=3))
-    # The losses before that of step 3: of the rehearsal, of the evaluation before step 0, of steps 1 and 2.
+    # The losses before that of step 3: four for the memory plan, of the rehearsal, of the evaluation before step 0,
+    # of steps 1 and 2.
     with pytest.raises(NotFinite, match=said) as caught:
         train(make_config(evaluation={"max_rows": 1}))
     assert caught.value.step == 2

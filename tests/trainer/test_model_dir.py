@@ -119,6 +119,7 @@ def test_the_manifest_vouches_for_every_file_and_says_where_the_model_is_from(ma
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= on_disk
     found = {name: manifest[name] for name in ("objective", "strategy", "labels", "base_model", "step")}
     assert found == {"objective": "sft", "strategy": "lora", "labels": None, "base_model": base_model, "step": 6}
+    assert manifest["max_length"] == config.batch.max_length
     assert not [path for path in config.run.folder.iterdir() if "partial" in path.name]
 
 

@@ -141,6 +141,29 @@ def test_prompt_and_completion_are_a_chat_of_two_turns(objective, tokenizer):
     assert np.array_equal(pair.targets, chat.targets)
 
 
+def test_context_follows_the_prompt_after_a_blank_line_and_the_system_turn_comes_first(tokenizer):
+    data = FileData(type="files", train="a.jsonl", context="input", system="be kind")
+    rows = [{"prompt": "sum", "input": "1 2", "completion": "3"}, {"prompt": "hi", "input": "", "completion": "yes"}]
+    turns = [
+        [{"role": "user", "content": "sum\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+    ]
+    chats = [{"messages": [{"role": "system", "content": "be kind"}, *chat]} for chat in turns]
+    objective = OBJECTIVES["sft"](data, [])
+    assert list(objective.texts(rows)) == ["be kind\nsum\n\n1 2\n3", "be kind\nhi\nyes"]
+    for pair, chat in zip(objective.encode(rows, tokenizer, 64), objective.encode(chats, tokenizer, 64), strict=True):
+        assert np.array_equal(pair.input_ids, chat.input_ids)
+        assert np.array_equal(pair.targets, chat.targets)
+
+
+def test_turns_written_as_from_and_value_are_the_same_chat(objective, tokenizer):
+    other = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": other[turn["role"]], "value": turn["content"]} for turn in CHAT]
+    [a], [b] = (objective.encode([{"messages": turns}], tokenizer, 128) for turns in (CHAT, shared))
+    assert np.array_equal(a.input_ids, b.input_ids)
+    assert np.array_equal(a.targets, b.targets)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -150,6 +173,7 @@ def test_prompt_and_completion_are_a_chat_of_two_turns(objective, tokenizer):
         ({"messages": "hello"}, "data.messages: row 1 holds no list of {role, content}"),
         ({"messages": [{"role": "user"}]}, "data.messages: row 1 holds no list of {role, content}"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "data.messages: row 1 has no assistant turn"),
+        ({"messages": [{"from": "tool", "value": "hi"}]}, "data.messages: row 1 holds no list of {role, content}"),
         ({"messages": []}, "data.messages: row 1 has no assistant turn"),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value),

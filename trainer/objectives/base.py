@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import EmbeddedData, FileData
 from trainer.packing import IGNORED, Batch, Example, Row
-from trainer.sources import DataError
 
 Sums = dict[str, torch.Tensor]
 
@@ -56,26 +55,6 @@ class Objective(ABC):
     def count(self, batch: Batch) -> int:
         """Return the number of targets that carry loss."""
         return int((batch["targets"] != IGNORED).sum())
-
-    def column(self, row: dict[str, Any], index: int, setting: str) -> Any:
-        """Return the value of the column that `data.<setting>` names, or raise DataError saying where it is missing."""
-        name = getattr(self.columns, setting)
-        if row.get(name) is None:
-            found = ", ".join(row) or "none"
-            raise DataError(f"data.{setting}: {place(row, index)} has no {name!r}; it has: {found}; name one of them")
-        return row[name]
-
-    def text_column(self, row: dict[str, Any], index: int, setting: str) -> str:
-        """Return the text in the column that `data.<setting>` names. Raises DataError if it holds anything else."""
-        text = self.column(row, index, setting)
-        if not isinstance(text, str):
-            raise DataError(f"data.{setting}: {place(row, index)} holds a {type(text).__name__}; expected text")
-        return text
-
-
-def place(row: dict[str, Any], index: int) -> str:
-    """Say where a row stands: file and line, or its number."""
-    return getattr(row, "place", f"row {index + 1}")
 
 
 def model_inputs(batch: Batch) -> Batch:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainer.columns import text_of
 from trainer.losses import cross_entropy_sum
 from trainer.objectives.base import Objective, Sums, model_inputs
 from trainer.packing import IGNORED, Batch, Example, Row, collate_packed, pack
@@ -19,7 +20,7 @@ class CausalLMObjective(Objective):
     score = ("eval_loss", "min")
 
     def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
-        yield from (self.text_column(row, index, "text") for index, row in enumerate(rows))
+        yield from (text_of(row, index, self.columns) for index, row in enumerate(rows))
 
     def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         """Documents longer than `max_length` are cut into pieces; each token is still predicted once."""

@@ -1,5 +1,6 @@
 """One label per text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +9,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trainer.columns import label_of, place, text_of
 from trainer.config import EmbeddedData, FileData
 from trainer.losses import cross_entropy_sum
-from trainer.objectives.base import Objective, Sums, model_inputs, place
+from trainer.objectives.base import Objective, Sums, model_inputs
 from trainer.packing import Batch, Example, Row, collate_padded
 from trainer.sources import DataError
+
+# Half stars are classes, prices and scores are not.
+_FRACTION = re.compile(r"[+-]?\d*\.\d*[1-9]\d*([eE][+-]?\d+)?")
+_MOST_FRACTIONS = 20
 
 
 class ClassificationObjective(Objective):
@@ -22,12 +28,18 @@ class ClassificationObjective(Objective):
 
     def __init__(self, data: EmbeddedData | FileData, train: list[dict[str, Any]]) -> None:
         super().__init__(data, train)
-        self.labels = sorted({self._label(row, index) for index, row in enumerate(train)})
+        self.labels = sorted({label_of(row, index, self.columns) for index, row in enumerate(train)})
         if len(self.labels) < 2:
             raise DataError(f"data.label: every training row has the label {self.labels[0]!r}; at least two are needed")
+        fractions = [label for label in self.labels if _FRACTION.fullmatch(label)]
+        if len(fractions) > _MOST_FRACTIONS:
+            raise DataError(
+                f"data.label: {len(fractions):,} different numbers found, such as {fractions[0]}; expected names or "
+                "whole numbers of classes: name another column, or put the numbers into classes first"
+            )
 
     def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
-        yield from (self.text_column(row, index, "text") for index, row in enumerate(rows))
+        yield from (text_of(row, index, self.columns) for index, row in enumerate(rows))
 
     def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         assert self.labels is not None
@@ -35,19 +47,13 @@ class ClassificationObjective(Objective):
         encoded = tokenizer(list(self.texts(rows)), truncation=True, max_length=max_length)["input_ids"]
         examples = []
         for index, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-            label = self._label(row, index)
+            label = label_of(row, index, self.columns)
             if label not in numbers:
                 known = ", ".join(self.labels[:20])
                 raise DataError(f"data.label: {place(row, index)}: {label!r} is in no training row; known: {known}")
             ids = ids or [tokenizer.eos_token_id]  # an empty text still is one token, so that something is pooled
             examples.append(Example(np.asarray(ids, np.int32), np.asarray([numbers[label]], np.int32)))
         return examples
-
-    def _label(self, row: dict[str, Any], index: int) -> str:
-        label = self.column(row, index, "label")
-        if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-            raise DataError(f"data.label: {place(row, index)}: {label!r} found; expected a name or a whole number")
-        return str(label)
 
     def to_rows(self, examples: list[Example], max_length: int) -> list[Row]:
         return [[example] for example in examples]

@@ -8,18 +8,16 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from serving.directory import BadInput
-from trainer.objectives.base import place
+from trainer.columns import Messages, chat_of, place
 from trainer.objectives.causal_lm import CausalLMObjective
 from trainer.packing import IGNORED, Example
 from trainer.sources import DataError
-
-Messages = list[dict[str, str]]
 
 
 class SFTObjective(CausalLMObjective):
     def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
         for index, row in enumerate(rows):
-            yield "\n".join(turn["content"] for turn in self._messages(row, index))
+            yield "\n".join(turn["content"] for turn in chat_of(row, index, self.columns))
 
     def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         """Chats longer than `max_length` are cut; one that keeps no assistant token is left out."""
@@ -28,7 +26,7 @@ class SFTObjective(CausalLMObjective):
         examples = []
         for index, row in enumerate(rows):
             try:
-                ids, trained = encode_chat(self._messages(row, index), tokenizer)
+                ids, trained = encode_chat(chat_of(row, index, self.columns), tokenizer)
             except TemplateError as error:
                 raise DataError(f"data: {place(row, index)}: the chat template refuses it ({error}); mend it") from None
             targets = np.where(trained[1:], ids[1:], IGNORED)[:max_length]
@@ -37,22 +35,6 @@ class SFTObjective(CausalLMObjective):
         if not examples:
             raise DataError(f"batch.max_length: no chat keeps an assistant token within {max_length} tokens; raise it")
         return examples
-
-    def _messages(self, row: dict[str, Any], index: int) -> Messages:
-        if self.columns.messages not in row:
-            return _turns(self.text_column(row, index, "prompt"), self.text_column(row, index, "completion"))
-        messages = row[self.columns.messages]
-        well_formed = isinstance(messages, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in messages
-        )
-        if not well_formed:
-            raise DataError(
-                f"data.messages: {place(row, index)} holds no list of {{role, content}} with text; mend the row"
-            )
-        if not any(turn["role"] == "assistant" for turn in messages):
-            raise DataError(f"data.messages: {place(row, index)} has no assistant turn to learn from; remove it")
-        return messages
 
 
 def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +66,3 @@ def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def _turns(prompt: str, completion: str) -> Messages:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
