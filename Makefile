@@ -1,4 +1,5 @@
-# make quickstart    the whole path, from raw text to a served answer, on this machine
+# make quickstart    the whole path, from raw text to a served answer, on this machine, with a real model
+# make models        fetch that model (93 MB) and convert it, once, into models/; the quickstart does it by itself
 # make test          what every change must pass: lint, types, tests (without the slow ones)
 # make test-all      the slow tests too
 # make install       .venv with everything, at the versions of the lock file (the two above do it by themselves)
@@ -19,12 +20,17 @@ LOCK := $(if $(HAS_GPU),requirements-gpu.lock,requirements.lock)
 # -qq keeps pip's notes about mirrors and caches away; errors still show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 export DS_BUILD_OPS := 0
+# As the commands set it for themselves (launch/politeness.py): threads that wait sleep, so two jobs can share a machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart install test test-all lint format types clean
+.PHONY: quickstart models install test test-all lint format types clean
 .DELETE_ON_ERROR:
 
 quickstart: install
-	$(BIN)/trivet quickstart --tiny
+	$(BIN)/trivet quickstart
+
+models: install
+	$(BIN)/python -m launch.pretrained
 
 install: $(INSTALLED)
 

@@ -1,4 +1,4 @@
-"""The base model that a run starts from, made first by another run config where it is missing."""
+"""The base model that a run starts from, made first where it is missing: by another run, or from a package."""
 
 import fcntl
 import os
@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import IO
 
-from launch import config_file, processes
+from launch import config_file, pretrained, processes
 from launch.config_file import ConfigError
 from trainer.config import PretrainedModel, RunConfig
-from trainer.guards import StopRequest
+from trainer.guards import StopRequest, starting
 
 # Variables by which a launcher tells a process its place; the base model is made by one process outside that world.
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
@@ -18,28 +18,46 @@ _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 
 def ensure_base_model(config: RunConfig) -> int:
-    """Train `model.made_by` if `model.path` is absent; return its exit code: 0 when the model is there.
+    """Make `model.path` by `model.made_by` if it is absent; return 0 when the model is there, else an exit code.
 
-    Ranks and parallel trials wait for whoever does it first. Signals go to that training, which saves and stops (75).
-    Raises ConfigError if the path is absent and nothing makes it, or if `made_by` makes another folder.
+    Ranks and parallel trials wait for whoever does it first. Signals go to a training that makes it, which saves and
+    stops (75). Raises ConfigError if `made_by` makes another folder, Unavailable if its package cannot be had.
     """
     model = config.model
     if not isinstance(model, PretrainedModel) or Path(model.path).is_dir() or model.made_by is None:
         return 0
-    base = config_file.load(model.made_by, [], RunConfig)
-    made = base.run.folder / "model"
-    if made.resolve() != Path(model.path).resolve():
-        raise ConfigError(
-            f"model.made_by: {model.made_by} makes {made}, but model.path is {model.path}; make them agree"
-        )
-    base.run.dir.mkdir(parents=True, exist_ok=True)
-    with (base.run.dir / f".{base.run.name}.lock").open("w") as lock:
+    folder = Path(model.path)
+    if isinstance(model.made_by, str):  # the name of a package
+        lock_path, make = folder.parent / f".{folder.name}.lock", lambda: _fetch(folder)
+    else:
+        made_by = model.made_by
+        base = _run_that_makes(folder, made_by)
+        lock_path, make = base.run.dir / f".{base.run.name}.lock", lambda: _train(folder, made_by)
+    with starting(lock_path.parent):
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock_path.open("w")
+    with opened as lock:
         if not _wait_for(lock):
             return processes.STOPPED
-        if Path(model.path).is_dir():
-            return 0
-        print(f"{model.path} is not there yet: training {model.made_by} first", file=sys.stderr, flush=True)
-        return processes.run_group(processes.train_command(model.made_by, []), _without_the_launcher())
+        return 0 if folder.is_dir() else make()
+
+
+def _fetch(folder: Path) -> int:
+    pretrained.fetch(folder, progress=lambda stage: print(f"{folder}: {stage}", file=sys.stderr, flush=True))
+    return 0
+
+
+def _train(folder: Path, made_by: Path) -> int:
+    print(f"{folder} is not there yet: training {made_by} first", file=sys.stderr, flush=True)
+    return processes.run_group(processes.train_command(made_by, []), _without_the_launcher())
+
+
+def _run_that_makes(folder: Path, made_by: Path) -> RunConfig:
+    base = config_file.load(made_by, [], RunConfig)
+    made = base.run.folder / "model"
+    if made.resolve() != folder.resolve():
+        raise ConfigError(f"model.made_by: {made_by} makes {made}, but model.path is {folder}; make them agree")
+    return base
 
 
 def _wait_for(lock: IO[str]) -> bool:

@@ -6,8 +6,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launch import politeness
+from launch.disk_errors import explain, naming
+from launch.extras import missing_extra
+from launch.onnxruntime_wheels import refuse_wheel_clash
 from serving.directory import BadInput
 from trainer.guards import RunFailed
+from trainer.redact import redacted
 
 app = typer.Typer(
     help="From raw text to a served model: train, export to ONNX with proof, serve with continuous batching.",
@@ -24,17 +29,9 @@ OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A direct
 Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
 
 
-# Which extra brings what a command could not import.
-EXTRA_OF = {
-    **dict.fromkeys(["torch", "transformers", "accelerate", "peft", "matplotlib", "tensorboard", "onnx"], "train"),
-    **dict.fromkeys(["onnxruntime", "tokenizers", "fastapi", "uvicorn", "prometheus_client", "jinja2"], "serve-cpu"),
-    "ray": "sweep",
-    "openai": "dev",
-}
-
-
 def main() -> None:
     """Run the command line. Bad input, a missing extra too, is one line on stderr and exit code 2."""
+    politeness.apply()
     try:
         app()
     except BadInput as error:
@@ -42,15 +39,17 @@ def main() -> None:
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA_OF:
+    except Exception as error:
+        if message := missing_extra(error):
+            _refuse(message)
+        if not (message := explain(error)):
             raise
-        fix = f"pip install 'trivet[{EXTRA_OF[error.name]}]'"
-        _refuse(f"{error.name} is not installed, and this command needs it: {fix}")
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redacted(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -109,17 +108,21 @@ def export(
     onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
 ) -> None:
     """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
+    refuse_wheel_clash()
     from launch.export import export
 
-    raise typer.Exit(export(model, onnx_dir))
+    with naming(onnx_dir):
+        raise typer.Exit(export(model, onnx_dir))
 
 
 @app.command()
 def verify(onnx_dir: OnnxArgument, provider: Provider = "cpu") -> None:
     """Prove an ONNX directory again, on this machine and provider, without torch."""
+    refuse_wheel_clash()
     from launch.export import verify_again
 
-    raise typer.Exit(verify_again(onnx_dir, provider))
+    with naming(onnx_dir):
+        raise typer.Exit(verify_again(onnx_dir, provider))
 
 
 @app.command()
@@ -138,14 +141,32 @@ def generate(
     provider: Provider = "cpu",
 ) -> None:
     """Generate text, one prompt or a file of them."""
+    refuse_wheel_clash()
     from launch.generate import generate
     from serving.request import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    code = generate(
-        onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
-    )
+    with naming(output or Path("standard output")):
+        code = generate(
+            onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
+        )
     raise typer.Exit(code)
+
+
+@app.command()
+def predict(
+    onnx_dir: OnnxArgument,
+    text: Annotated[str | None, typer.Option(help="One text to classify.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL rows with `text`, and an `id`.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
+    provider: Provider = "cpu",
+) -> None:
+    """Tell the label of a text with its score, or of each row of a file."""
+    refuse_wheel_clash()
+    from launch.predict import predict
+
+    with naming(output or Path("standard output")):
+        raise typer.Exit(predict(onnx_dir, text, input, output, provider=provider))
 
 
 @app.command()
@@ -158,10 +179,51 @@ def serve(
     provider: Provider = "cpu",
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
+    refuse_wheel_clash()
     from launch.api_keys import read_keys
     from serving.server import serve
 
     serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)
+
+
+@app.command()
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the task: its config and its run folder.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--from", help="A .csv, .jsonl or .txt file (.gz too), or a folder.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="causal_lm, sft or classification; default: guessed.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="The text (causal_lm, classification).")] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The class.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="COLUMN", help="What is asked (sft).")] = None,
+    completion: Annotated[str | None, typer.Option(metavar="COLUMN", help="What is answered.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="COLUMN", help="What follows the prompt, if anything.")] = None,
+    messages: Annotated[str | None, typer.Option(metavar="COLUMN", help="Whole chats.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model to start from: a folder or a hub name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a config that is there.")] = False,
+) -> None:
+    """Write a config for your data and say what is in it; without arguments, copy the example configs to ./configs."""
+    from launch.init import init
+    from launch.init.guesses import Wish
+
+    columns = {"text": text, "label": label, "prompt": prompt, "completion": completion, "context": context}
+    columns["messages"] = messages
+    wish = Wish(objective, {setting: column for setting, column in columns.items() if column is not None})
+    raise typer.Exit(init(name, data, wish, base, force=force))
+
+
+@app.command("config-docs")
+def config_docs(
+    key: Annotated[str | None, typer.Argument(help="A section or key: optim, strategy.rank. Default: all.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="The keys of a sweep config.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
+) -> None:
+    """Print every config key with its type, range, default and meaning."""
+    from launch import config_docs
+
+    raise typer.Exit(config_docs.config_docs(key, sweep=sweep, schema=schema))
 
 
 @app.command()
@@ -175,16 +237,21 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] =
 @app.command()
 def quickstart(
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="From scratch on the embedded corpus; nothing is downloaded.")
+        bool, typer.Option("--tiny", help="Fine-tune the model just made from scratch; no model is downloaded.")
     ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_NAME", help="Fine-tune this causal model; default: SmolLM2-135M-Instruct."),
+    ] = None,
     dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
 ) -> None:
     """The whole path on this machine in a few minutes: text, training, export, proof, decoding, serving, report."""
+    if tiny and base is not None:
+        raise BadInput(f"--base: {base} found beside --tiny, which takes no other model; leave one of them out")
+    refuse_wheel_clash()
     from launch.quickstart import quickstart
 
-    if not tiny:
-        raise BadInput("quickstart: needs --tiny for now; run: trivet quickstart --tiny")
-    raise typer.Exit(quickstart(dir))
+    raise typer.Exit(quickstart(dir, tiny=tiny, base=base))
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: BaseModel, new: BaseModel) -> list[str]:
-    """Return the dotted keys whose values differ between two configs."""
+def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ between two configs, with both values (None where it has no such)."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return {key: (before.get(key), after.get(key)) for key in keys}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _explain_one(error: Any, model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         parent, _, key = name.rpartition(".")
         accepted = _keys_at(model, error["loc"][:-1])
-        near = f"{parent}.{_nearest(key, accepted)}".removeprefix(".")
+        near = f"{parent}.{nearest(key, accepted)}".removeprefix(".")
         return f"{name}: unknown key; did you mean {near}? accepted there: {', '.join(accepted)}"
     if error["type"] == "missing":
         return f"{name}: missing; add it"
@@ -132,7 +133,7 @@ def _explain_one(error: Any, model: type[BaseModel]) -> str:
     return f"{name}: {found!r} found; accepted: {accepted}"
 
 
-def _nearest(key: str, accepted: list[str]) -> str:
+def nearest(key: str, accepted: list[str]) -> str:
     """The key that was most likely meant: the initials (`learning_rate` for lr), else the closest spelling."""
     initials = "".join(word[:1] for word in key.split("_"))
     return initials if initials in accepted else difflib.get_close_matches(key, accepted, n=1, cutoff=0)[0]

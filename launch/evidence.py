@@ -1,10 +1,6 @@
-"""What the quickstart measures: ONNX decoding beside transformers' generate, and a question to a real server."""
+"""What the quickstart measures: ONNX decoding beside transformers' generate, and answers before and after tuning."""
 
 import json
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +14,13 @@ from launch.export import check_rows
 from launch.report import Section
 from launch.report_plots import bar_plot
 from serving.engine import NEAR_TIE, Engine
+from serving.export.graph import quiet
 from serving.request import Sampling
 from serving.text import Text
 from trainer import corpus
+from trainer.tokenizers import load_tokenizer
 
-START_TIMEOUT_S = 60.0
+ANSWER_TOKENS = 48
 _CODE_PROMPT_CHARS = (40, 90, 160, 250, 350, 460, 580, 700)
 
 Advance = Callable[[str], None]
@@ -48,11 +46,11 @@ class Comparison:
         rows = [[name, f"{speed:,.0f}"] for name, speed in self.tokens_per_s.items()]
         figure = bar_plot("Decoding speed", list(self.tokens_per_s.items()), x="new tokens/s")
         return Section("Decoding speed, this machine, this run", ["system", "new tokens/s"], rows,
-                       "Prompts included; one timed pass after one to warm up.", [figure])  # fmt: skip
+                       "Prompts included; one timed pass, not repeated.", [figure])  # fmt: skip
 
 
 def compare_with_generate(
-    model_dir: Path, onnx_dir: Path, num_prompts: int, num_new_tokens: int, advance: Advance
+    model_dir: Path, onnx_dir: Path, num_prompts: int, num_new_tokens: int, advance: Advance, *, warm_up: bool = True
 ) -> Comparison:
     """Decode held-out prompts with the engine and with the untouched model; return what differed, and the speeds."""
     text = Text.open(onnx_dir)
@@ -65,19 +63,17 @@ def compare_with_generate(
     def by_engine() -> list[list[int]]:
         return [request.output_ids for request in engine.generate(prompts, sampling)]
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=num_new_tokens, eos_token_id=None, pad_token_id=0
-    )
+    model = _load(str(model_dir), num_new_tokens, end=None)
     systems: dict[str, Callable[[], list[list[int]]]] = {
         "trivet, continuous batches of 8": by_engine,
         "transformers generate, one by one": lambda: [generate(model, [prompt])[0] for prompt in prompts],
-        "transformers generate, one padded batch of 16": lambda: generate(model, prompts),
+        f"transformers generate, one padded batch of {num_prompts}": lambda: generate(model, prompts),
     }
     outputs = {}
     for name, run in systems.items():
         advance(name)
-        run()
+        if warm_up:
+            run()
         started = time.perf_counter()
         outputs[name] = run()
         found.tokens_per_s[name] = total / (time.perf_counter() - started)
@@ -120,14 +116,39 @@ def generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]
     return model.generate(ids, attention_mask=mask)[:, width:].tolist()
 
 
+def answers(model: str, chat_template: Path | None, questions: list[str], advance: Advance) -> list[str]:
+    """Return the greedy answers of a model (a folder or hub name) to single questions, by transformers."""
+    tokenizer = load_tokenizer(model, chat_template)
+    loaded = _load(model, ANSWER_TOKENS, end=tokenizer.eos_token_id)
+    found = []
+    for question in questions:
+        advance(question[:40])
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        answer = generate(loaded, [ids])[0]
+        found.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return found
+
+
+def _load(model: str, num_new_tokens: int, *, end: int | None) -> PreTrainedModel:
+    """Return a model in fp32 that decodes greedily, whatever its own settings say."""
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
+    loaded.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=num_new_tokens, eos_token_id=end, pad_token_id=0
+    )
+    return loaded
+
+
 def held_out_prompts(text: Text, count: int) -> list[list[int]]:
     """Return half chats and half beginnings of documents, all held out, of different lengths."""
-    questions = held_out_questions(count - len(_CODE_PROMPT_CHARS))
+    lengths = _CODE_PROMPT_CHARS[:: 2 * len(_CODE_PROMPT_CHARS) // count]
+    questions = held_out_questions(count - len(lengths))
     documents = corpus.split(corpus.documents(corpus.read_items()))[1]
     long_enough = [row["text"] for row in documents if len(row["text"]) > max(_CODE_PROMPT_CHARS)]
     chats = [text.chat([{"role": "user", "content": question}]) for question in questions]
-    assert len(long_enough) >= len(_CODE_PROMPT_CHARS), "the held-out part has too few long documents"
-    pairs = zip(_CODE_PROMPT_CHARS, long_enough, strict=False)
+    assert len(long_enough) >= len(lengths), "the held-out part has too few long documents"
+    pairs = zip(lengths, long_enough, strict=False)
     return chats + [text.encode(document[:length]) for length, document in pairs]
 
 
@@ -135,61 +156,6 @@ def held_out_questions(count: int) -> list[str]:
     """Return questions about held-out modules, spread over them."""
     rows = corpus.split(corpus.instructions(corpus.read_items()))[1]
     return [row["messages"][0]["content"] for row in rows[:: max(1, len(rows) // count)][:count]]
-
-
-@dataclass(frozen=True)
-class ServedAnswer:
-    """What came back from a real server process, and how it ended."""
-
-    text: str
-    pieces: int
-    first_s: float
-    exit_code: int
-
-
-def ask_server(onnx_dir: Path, question: str, advance: Advance) -> ServedAnswer:
-    """Start `trivet serve` on a free port, ask one chat question through the openai client, streaming, and stop it."""
-    from openai import OpenAI
-
-    advance("starting")
-    command = [sys.executable, "-m", "launch.cli", "serve", str(onnx_dir), "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    too_late = threading.Timer(START_TIMEOUT_S, server.kill)
-    too_late.start()
-    try:
-        client = OpenAI(base_url=f"{_url(server)}/v1", api_key="none", max_retries=0, timeout=START_TIMEOUT_S)
-        advance("asking")
-        started = time.perf_counter()
-        stream = client.chat.completions.create(
-            model=client.models.list().data[0].id,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=48,
-            stream=True,
-        )
-        pieces, first_s = [], 0.0
-        for event in stream:
-            if event.choices and event.choices[0].delta.content:
-                first_s = first_s or time.perf_counter() - started
-                pieces.append(event.choices[0].delta.content)
-        advance("stopping")
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=START_TIMEOUT_S)
-        return ServedAnswer("".join(pieces), len(pieces), first_s, server.returncode)
-    finally:
-        too_late.cancel()
-        server.kill()
-        server.wait()
-
-
-def _url(server: subprocess.Popen[str]) -> str:
-    """Wait for the line that says where the server listens."""
-    assert server.stderr is not None
-    lines = []
-    for line in server.stderr:
-        lines.append(line)
-        if line.startswith("serving "):
-            return line.split()[-1]
-    raise RuntimeError(f"the server ended before it was ready: {''.join(lines)[-500:]}")
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """`trivet generate`: one prompt, or the rows of a file."""
 
-import contextlib
-import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import Progress
 
+from launch.output_file import writing
 from serving import batch
 from serving.directory import BadInput
 from serving.engine import Engine
@@ -36,7 +33,7 @@ def generate(
     if (prompt is None) == (input is None):
         raise BadInput("--prompt, --input: give exactly one of them")
     rows = [{"prompt": prompt}] if input is None else batch.read_rows(input)
-    with _writing(output) as file:
+    with writing(output) as file:
         engine = Engine.open(onnx_dir, provider=provider, slots=slots)
         answers = _answer(engine, Text.open(onnx_dir), rows, sampling, prompts_are_plain=prompts_are_plain)
         failed = [answer for answer in answers if "error" in answer]
@@ -52,7 +49,8 @@ def _answer(
     engine: Engine, text: Text, rows: list[batch.Row], sampling: Sampling, *, prompts_are_plain: bool
 ) -> list[batch.Row]:
     is_chat_model = engine.manifest["source"].get("objective") == "sft" and text.has_chat_template
-    with Progress(console=Console(stderr=True), transient=True, disable=len(rows) == 1) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=len(rows) == 1 or not console.is_terminal) as progress:
         task = progress.add_task("rows", total=len(rows))
         answers = batch.generate(
             engine, text, rows, sampling,
@@ -60,31 +58,3 @@ def _answer(
             on_finish=lambda finished: progress.update(task, completed=finished),
         )  # fmt: skip
         return list(answers)
-
-
-@contextlib.contextmanager
-def _writing(output: Path | None) -> Iterator[TextIO]:
-    """Yield standard output, or a file that becomes `output` when the block ends well and is removed otherwise.
-
-    What cannot be encoded, half a surrogate pair in a row's id, is written as its escape.
-    Raises BadInput, before the block, when `output` cannot be written.
-    """
-    if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        yield sys.stdout
-        return
-    if output.is_dir():
-        raise BadInput(f"--output: {output} is a folder; give a file")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        file = partial.open("w", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise BadInput(f"--output: {output} cannot be written ({error.strerror}); choose another place") from None
-    try:
-        with file:
-            yield file
-        partial.replace(output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -60,6 +60,15 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for want of memory since the machine started; 0 if unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def _parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -37,7 +37,12 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 def train_command(config_path: Path, overrides: list[str]) -> list[str]:
     """Return the command of one run in one process."""
-    return [sys.executable, "-m", "launch.train", str(config_path), *overrides]
+    return [*python_module("launch.train"), str(config_path), *overrides]
+
+
+def python_module(name: str) -> list[str]:
+    """Return the command that runs one of our modules by the name of its package, whatever lies where one stands."""
+    return [sys.executable, *(["-P"] if _safe_path() else []), "-m", name]
 
 
 def accelerate_command(
@@ -54,7 +59,9 @@ def accelerate_command(
         raise BadInput(f"--nproc: {nproc} found; accepted: {accepted}")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(parallel))]
     world = ["--num_processes", str(nproc), "-m", "launch.train"]
-    env = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, num_cores() // nproc))}
+    env = _safe_path()
+    if "OMP_NUM_THREADS" not in os.environ:
+        env["OMP_NUM_THREADS"] = str(max(1, num_cores() // nproc))
     if not num_gpus:
         env["DS_ACCELERATOR"] = "cpu"
         if not parallel.startswith("zero"):  # under DeepSpeed this one would start one process only
@@ -87,8 +94,8 @@ def run_group(argv: list[str], env: Mapping[str, str | None]) -> int:
     `env` is added to this process's environment; a None takes a variable away.
 
     SIGTERM, SIGUSR1 and Ctrl-C are passed on to every rank, which saves and stops (75). A second Ctrl-C kills the
-    group (130). What a rank reported as bad input is printed once more, below the launcher's own traceback. Only the
-    main thread may call this, since it handles signals meanwhile.
+    group (130). Why a rank failed is printed once more, below the launcher's own traceback; that one was killed, and by
+    the kernel where it was, only here. Only the main thread may call this, since it handles signals meanwhile.
     """
     group = Group(argv, env)
     interrupts = 0
@@ -105,7 +112,7 @@ def run_group(argv: list[str], env: Mapping[str, str | None]) -> int:
     previous = {number: signal.signal(number, pass_on) for number in signals}
     try:
         code = group.wait()
-        if code == BAD_INPUT and group.error():
+        if code in (1, BAD_INPUT) and group.error():
             print(group.error(), file=sys.stderr)
         return code
     finally:
@@ -133,6 +140,7 @@ class Group:
         self._mark = f"{GROUP_MARK}={uuid.uuid4().hex}"
         self._exits = tempfile.TemporaryDirectory(prefix="trivet-exit-", dir=scratch)
         self._killed = False
+        self._oom_kills = process_marks.oom_kills()
         marks = {GROUP_MARK: self._mark.partition("=")[2], EXIT_FOLDER: self._exits.name}
         changed = {**os.environ, **env, **marks}
         self._leader = subprocess.Popen(
@@ -187,8 +195,22 @@ class Group:
         self._exits.cleanup()
 
     def error(self) -> str:
-        """Return the first error message that a rank reported, or nothing."""
-        return next((message for _, message in self._reports() if message), "")
+        """Return one line: which rank was killed, or else the first error that one reported, or nothing."""
+        ended = {path.stem for path in Path(self._exits.name).glob("rank-*.json")}
+        lost = [path.stem for path in sorted(Path(self._exits.name).glob("rank-*.started")) if path.stem not in ended]
+        if not lost or self._killed:
+            return next((message for _, message in self._reports() if message), "")
+        rank = int(lost[0].removeprefix("rank-"))
+        by_kernel = process_marks.oom_kills() > self._oom_kills
+        who = (
+            "by the kernel, for want of memory"
+            if by_kernel
+            else "from outside (kill -9), or the machine's memory ran out"
+        )
+        return (
+            f"error: rank {rank} was killed {who}; started again, the run goes on from its last checkpoint; to need "
+            "less memory lower batch.micro_rows (the result stays the same) or batch.max_length"
+        )
 
     def _code(self) -> int:
         codes = {self._leader.returncode, *(code for code, _ in self._reports())}
@@ -206,17 +228,36 @@ class Group:
         return [tuple(json.loads(path.read_text())) for path in sorted(Path(self._exits.name).glob("rank-*.json"))]
 
 
+def report_start() -> None:
+    """Called by a rank at its start: if it reports no exit, the group above the launcher knows that it was killed."""
+    if path := _report_path():
+        path.with_suffix(".started").touch()
+
+
 def report_exit(code: int, message: str = "") -> None:
     """Called by a rank at its end: leave its exit code for the group above the launcher, if there is one."""
-    folder = os.environ.get(EXIT_FOLDER)
-    if folder and Path(folder).is_dir():
-        path = Path(folder) / f"rank-{int(os.environ.get('RANK', '0')):06d}.json"
+    if path := _report_path():
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps([code, message]))
         partial.replace(path)
 
 
+def _report_path() -> Path | None:
+    folder = os.environ.get(EXIT_FOLDER)
+    if not folder or not Path(folder).is_dir():
+        return None
+    return Path(folder) / f"rank-{int(os.environ.get('RANK', '0')):06d}.json"
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def _safe_path() -> dict[str, str]:
+    """The variable that keeps the folder where one stands off Python's path: a `trainer/` of the user's comes first.
+
+    In a clone that is not installed that folder is how Python finds us, and it holds nothing but ours.
+    """
+    return {} if Path.cwd() == Path(__file__).resolve().parents[1] else {"PYTHONSAFEPATH": "1"}
 
 
 def _die_with_parent() -> None:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from launch import config_file, evidence
+from launch import evidence, quickstart_base, served_answer
+from launch.quickstart_base import Tuned
 from launch.report import Section, write_report
-from launch.shipped import example_configs
 from trainer.config import RunConfig
-
-NUM_PROMPTS = 16
-NUM_NEW_TOKENS = 32
 
 Advance = Callable[[str], None]
 
@@ -47,36 +46,35 @@ def _say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
-def quickstart(folder: Path) -> int:
-    """Run every stage in `folder`; return 0, 1 if a claim failed, 75 if training was stopped (run again to go on)."""
+def quickstart(folder: Path, *, tiny: bool = False, base: str | None = None) -> int:
+    """Run every stage in `folder`; return 0, 1 if a claim failed, 75 if training was stopped (run again to go on).
+
+    What is fine-tuned is the model just trained from scratch (`tiny`), else `base`, a folder or hub name of any causal
+    language model, else SmolLM2-135M-Instruct; where its package cannot be had that is said, and it goes on as `tiny`.
+    Raises BadInput, before any training, for a `base` that cannot be trained or exported.
+    """
     outcome = Outcome(folder)
-    pretrain = _config("pretrain_tiny.yaml", folder, "pretrain")
-    sft = _config("sft_lora.yaml", folder, "sft", f"model.path={folder}/pretrain/model", "model.made_by=null")
-    onnx_dir = folder / "onnx"
-    with _stage(outcome, 1, "corpus: the Python standard library of this interpreter"):
+    pretrain = quickstart_base.config("pretrain_tiny.yaml", folder, "pretrain")
+    with _stage(outcome, 1, "text and model: the Python standard library of this interpreter, and what is fine-tuned"):
         _show_corpus()
-    for number, title, config in (
-        (2, "pre-training: a tokenizer and a small Llama, from scratch", pretrain),
-        (3, "fine-tuning: LoRA on questions and answers", sft),
-    ):
-        with _stage(outcome, number, title):
-            if code := _train(outcome, config):
-                return code
+        tuned = _choose(folder, tiny=tiny, base=base)
+    with _stage(outcome, 2, "pre-training: a tokenizer and a small Llama, from scratch"):
+        if code := _train(outcome, pretrain):
+            return code
+    with _stage(outcome, 3, f"fine-tuning: LoRA on questions and answers, of {tuned.what}"):
+        if code := _fine_tune(outcome, tuned):
+            return code
     with _stage(outcome, 4, "export: to ONNX with an in-place KV cache, and the proof"):
-        proven = _export(outcome, sft.run.folder, onnx_dir)
+        proven = _export(outcome, tuned)
     if proven:
-        with _stage(outcome, 5, f"decoding: {NUM_PROMPTS} held-out prompts in continuous batches"):
-            _decode(outcome, sft.run.folder / "model", onnx_dir)
+        with _stage(outcome, 5, f"decoding: {tuned.num_prompts} held-out prompts in continuous batches"):
+            _decode(outcome, tuned)
         with _stage(outcome, 6, "serving: one chat question over HTTP"):
-            _serve(outcome, onnx_dir)
+            _serve(outcome, tuned.onnx_dir)
     with _stage(outcome, 7, "report"), _bar("drawing", None):
-        page = _report(outcome, [pretrain.run.folder, sft.run.folder])
-    _say_what_next(outcome, page)
+        page = _report(outcome, [pretrain.run.folder, tuned.config.run.folder])
+    _say_what_next(outcome, tuned.onnx_dir, page)
     return 1 if outcome.failures else 0
-
-
-def _config(name: str, folder: Path, run: str, *overrides: str) -> RunConfig:
-    return config_file.load(example_configs() / name, [f"run.name={run}", f"run.dir={folder}", *overrides], RunConfig)
 
 
 @contextlib.contextmanager
@@ -114,6 +112,50 @@ def _show_corpus() -> None:
             )
 
 
+def _choose(folder: Path, *, tiny: bool, base: str | None) -> Tuned:
+    with _bar("the model", None) as advance:
+        if base is not None:
+            return quickstart_base.of(base, folder)
+        if not tiny:
+            try:
+                return quickstart_base.smollm2(folder, advance)
+            except quickstart_base.Unavailable as error:
+                _say(f"  no real model: {error}\n  going on as --tiny: the model trained from scratch is fine-tuned")
+    return quickstart_base.tiny(folder)
+
+
+def _fine_tune(outcome: Outcome, tuned: Tuned) -> int:
+    """Train; where the base could answer before, show its answers and those after, side by side."""
+    questions = evidence.held_out_questions(tuned.num_answers) if tuned.num_answers else []
+    before = _answers("before", tuned, tuned.base, questions)
+    if code := _train(outcome, tuned.config):
+        return code
+    after = _answers("after", tuned, str(tuned.model_dir), questions)
+    if questions:
+        section = Section("Answers before and after", ["question", "before", "after"],
+                          [list(row) for row in zip(questions, before, after, strict=True)],
+                          "Held-out questions; greedy, by transformers.")  # fmt: skip
+        console.print(_table(section))
+        outcome.sections.append(section)
+    return 0
+
+
+def _answers(when: str, tuned: Tuned, model: str, questions: list[str]) -> list[str]:
+    if not questions:
+        return []
+    with _bar(f"answering, {when}", len(questions)) as advance:
+        return evidence.answers(model, tuned.chat_template, questions, advance)
+
+
+def _table(section: Section) -> Table:
+    table = Table(title=section.title, title_justify="left", show_lines=True)
+    for name in section.columns:
+        table.add_column(name, ratio=1)
+    for row in section.rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    return table
+
+
 def _train(outcome: Outcome, config: RunConfig) -> int:
     from launch.train import train
 
@@ -122,18 +164,18 @@ def _train(outcome: Outcome, config: RunConfig) -> int:
         result = evidence.read_result(config.run.folder)
         before, after = result["initial_metrics"]["eval_loss"], result["metrics"]["eval_loss"]
         outcome.claim(after < before, f"held-out loss {before:.3f} before, {after:.3f} after")
-        if config.objective.type == "causal_lm":
+        if config.strategy.type == "scratch":
             unigram = result["baseline"]["unigram_loss"]
             outcome.claim(after < unigram, f"beats a unigram model, whose held-out loss is {unigram:.3f}")
     return code
 
 
-def _export(outcome: Outcome, run: Path, onnx_dir: Path) -> bool:
+def _export(outcome: Outcome, tuned: Tuned) -> bool:
     from serving.export import VerificationFailed, export_model
 
     try:
         with _bar("export", None) as advance:
-            record = export_model(run, onnx_dir, progress=advance)
+            record = export_model(tuned.config.run.folder, tuned.onnx_dir, progress=advance)
     except VerificationFailed as error:
         outcome.claim(False, str(error))
         return False
@@ -143,14 +185,17 @@ def _export(outcome: Outcome, run: Path, onnx_dir: Path) -> bool:
     return True
 
 
-def _decode(outcome: Outcome, model_dir: Path, onnx_dir: Path) -> None:
+def _decode(outcome: Outcome, tuned: Tuned) -> None:
+    num_prompts, num_new_tokens = tuned.num_prompts, tuned.num_new_tokens
     with _bar("decoding", None) as advance:
-        found = evidence.compare_with_generate(model_dir, onnx_dir, NUM_PROMPTS, NUM_NEW_TOKENS, advance)
+        found = evidence.compare_with_generate(
+            tuned.model_dir, tuned.onnx_dir, num_prompts, num_new_tokens, advance, warm_up=tuned.warm_up
+        )
     outcome.sections += [found.section(), found.speed_section()]
     ties = f"near ties excused: {found.near_ties}"
     outcome.claim(
-        not found.mismatches and len(found.rows) == NUM_PROMPTS,
-        f"{found.num_equal} of {NUM_PROMPTS} prompts give the same {NUM_NEW_TOKENS} tokens as transformers' generate "
+        not found.mismatches and len(found.rows) == num_prompts,
+        f"{found.num_equal} of {num_prompts} prompts give the same {num_new_tokens} tokens as transformers' generate "
         f"({'; '.join([*found.mismatches, ties])})",
     )
     outcome.claim(not found.repeats, f"no answer is one token repeated {found.repeats or ''}".rstrip())
@@ -161,7 +206,7 @@ def _decode(outcome: Outcome, model_dir: Path, onnx_dir: Path) -> None:
 def _serve(outcome: Outcome, onnx_dir: Path) -> None:
     question = evidence.held_out_questions(1)[0]
     with _bar("serving", 3) as advance:
-        answer = evidence.ask_server(onnx_dir, question, advance)
+        answer = served_answer.ask_server(onnx_dir, question, advance)
     _say(f"  asked: {question}")
     _say(f"  answered: {answer.text!r}")
     outcome.claim(bool(answer.text.strip()), f"{answer.pieces} pieces streamed, the first after {answer.first_s:.2f} s")
@@ -175,7 +220,7 @@ def _report(outcome: Outcome, runs: list[Path]) -> Path:
     return write_report(runs, outcome.folder / "report.html", sections=sections)
 
 
-def _say_what_next(outcome: Outcome, page: Path) -> None:
+def _say_what_next(outcome: Outcome, onnx_dir: Path, page: Path) -> None:
     total = sum(outcome.seconds.values())
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     verdict = f"{len(outcome.failures)} claims FAILED" if outcome.failures else "every claim holds"
@@ -183,8 +228,8 @@ def _say_what_next(outcome: Outcome, page: Path) -> None:
     trivet = "trivet" if shutil.which("trivet") else sys.argv[0]
     _say(
         "\nTry next:\n"
-        f"  {trivet} serve {outcome.folder}/onnx                         # then open http://127.0.0.1:8000\n"
-        f"  {trivet} generate {outcome.folder}/onnx --prompt 'What does `textwrap.dedent` do?'\n"
-        f"  {trivet} train configs/sft_lora.yaml optim.lr=1e-3 run.name=slower\n"
-        f"  {trivet} sweep configs/sweep_strategies.yaml"
+        f"  {trivet} serve {onnx_dir}     # then open http://127.0.0.1:8000\n"
+        f"  {trivet} generate {onnx_dir} --prompt 'What does `textwrap.dedent` do?'\n"
+        f"  {trivet} init my-task --from DATA     # a config for your own csv, jsonl or folder\n"
+        f"  {trivet} init                         # the example configs, to train and sweep with"
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from launch import report_data, report_page, report_plots
 from launch.report_data import Run, Sweep, is_number, mapping
-from serving.directory import BadInput
+from serving.directory import BadInput, write_text
 
 COLUMNS = ("run", "state", "objective", "strategy", "steps", "held-out", "weights that learn", "tokens/s", "time")
 
@@ -46,7 +46,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, sections:
     ]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report_page.page(title, subtitle, body), encoding="utf-8")
+        write_text(output, report_page.page(title, subtitle, body))
     except OSError as error:
         raise BadInput(f"{output}: cannot be written ({error.strerror}); choose another with --output") from None
     return output

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from launch import config_file
+from serving import directory
 from serving.directory import BadInput
 from trainer.run_folder import parse_metric
 
@@ -71,7 +72,10 @@ class Sweep:
 
 
 def read(folder: Path) -> Run | Sweep:
-    """Return the run or the sweep in `folder`. Raises BadInput if it is neither, but never for broken files in it."""
+    """Return the run or the sweep in `folder`. Raises BadInput if it is neither, but never for broken files in it.
+
+    Raises NewerFormat where a newer Trivet wrote it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; expected a run folder (runs/<name>) or a sweep folder")
@@ -136,16 +140,12 @@ def _read_sweep(folder: Path, result: dict[str, Any]) -> Sweep:
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return directory.current(path, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read ({error})")
         return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no object")
-        return {}
-    return value
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launch import config_file, process_marks, processes, report, report_data
+from launch import config_file, politeness, process_marks, processes, report, report_data
 from launch import train as one_run
 from launch.report_data import is_number
 from launch.sweep_config import SweepConfig, Trial, trials
@@ -21,10 +21,9 @@ from serving.directory import BadInput
 MARK = "TRIVET_SWEEP"  # in the environment of every training process of a sweep
 STOP_PATIENCE_S = 60.0
 
-# Ray as a local scheduler only: no statistics sent home, no token file, no notes on the terminal, no changed folders.
+# Ray as a local scheduler only: no token file, no notes on the terminal, no changed folders.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -115,7 +114,7 @@ def _entry(trial: Trial, ended: dict[str, Any]) -> dict[str, Any]:
 
 def _write_result(config: SweepConfig, ranking: list[dict[str, Any]], *, seconds: float) -> None:
     fields = {"name": config.sweep.name, "base": str(config.base), "seconds": round(seconds, 1)}
-    result = {"format_version": directory.FORMAT_VERSION, **fields, "ranking": ranking}
+    result = {**directory.stamp(), **fields, "ranking": ranking}
     directory.write_json(config.folder / "result.json", result)
     report.terminal_table([config.folder])
     page = report.write_report([config.folder])
@@ -125,11 +124,13 @@ def _write_result(config: SweepConfig, ranking: list[dict[str, Any]], *, seconds
 
 
 def _import_ray() -> Callable[..., dict[str, dict[str, Any]]]:
-    os.environ.update(RAY_ENVIRONMENT)  # read when Ray is imported
+    politeness.apply()
+    os.environ.update(RAY_ENVIRONMENT)  # both are read when Ray is imported
     try:
-        from launch.sweep_ray import run_trials
+        from launch.sweep_ray import check_temporary_folder, run_trials
     except ImportError as error:
         raise BadInput(f"sweep: {error.name} is not installed; run: pip install 'trivet[sweep]'") from None
+    check_temporary_folder()
     return run_trials
 
 

@@ -27,11 +27,14 @@ class SweepSection(Section):
 class SweepConfig(Section):
     """Many runs of one base config that differ in parts of it."""
 
-    sweep: SweepSection
+    sweep: SweepSection = Field(description="Which sweep this is: its folder, and trials at a time.")
     base: ConfigPath = Field(description="Run config (relative to this one) that every trial starts from.")
-    overrides: dict[str, Any] = Field({}, description="Part of a run config: what all trials change.")
+    overrides: dict[str, Any] = Field(
+        {}, description="Part of a run config, without run.name and run.dir: what every trial changes."
+    )
     strategies: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="Name -> part of a run config. A list stands for one trial with each of its values."
+        min_length=1,
+        description="Name of a trial -> part of a run config. A list stands for one trial with each of its values.",
     )
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import tempfile
 import time
@@ -12,13 +13,23 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from rich.progress import Progress
 
 from launch import report_data
 from launch.processes import Group
+from serving.directory import BadInput
 from trainer.run_folder import parse_metric
 
+# Tune hands the AWS keys of this process to the workers by name, and Ray writes what it hands on into its log. The
+# workers of a Ray that we start have them anyway, as they have the whole environment.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+)
+
 POLL_S = 0.3
+# A socket's path has at most 107 bytes, and Ray adds /ray/session_<date>_<time>_<microseconds>_<pid>/sockets/<name>.
+LONGEST_TEMPORARY_PATH = 38
 
 
 def run_trials(specs: list[dict[str, Any]], *, concurrent: int, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -41,6 +52,16 @@ def run_trials(specs: list[dict[str, Any]], *, concurrent: int, progress: Progre
             lost = {"code": 1, "reason": f"its Ray worker died: {result.error}".splitlines()[0]}
             ended[result.config["spec"]["name"]] = lost if result.error else result.metrics or {}
         return ended
+
+
+def check_temporary_folder() -> None:
+    """Raise BadInput where the folder for temporary files has too long a path for Ray's sockets."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_TEMPORARY_PATH:
+        raise BadInput(
+            f"TMPDIR: {folder} is too long a path for the sockets that Ray keeps there; "
+            f"accepted: {LONGEST_TEMPORARY_PATH} bytes; run: export TMPDIR=/tmp"
+        )
 
 
 def train_trial(config: dict[str, Any]) -> None:
@@ -132,13 +153,16 @@ class ShowProgress(tune.Callback):
 def _ray(concurrent: int) -> Iterator[None]:
     """A Ray of our own for as long as the block runs; Ctrl-C and SIGTERM raise KeyboardInterrupt in it."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ray.init(
-        num_cpus=concurrent,
-        include_dashboard=False,
-        object_store_memory=80 * 1024**2,  # about the least that Ray takes: only metrics pass through it
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # Ray's workers look first where it was started: a `trainer/` of the user's there would come before ours.
+    with contextlib.chdir(Path(__file__).resolve().parents[1]):
+        ray.init(
+            address="local",  # ours, even where RAY_ADDRESS or the file of a `ray start` names another
+            num_cpus=concurrent,
+            include_dashboard=False,
+            object_store_memory=80 * 1024**2,  # about the least that Ray takes: only metrics pass through it
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

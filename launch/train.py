@@ -7,21 +7,28 @@ Exit codes: 0 done (also: already finished), 2 bad input, 75 stopped after savin
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from launch import config_file, processes
+from launch import config_file, disk_errors, politeness, processes
 from launch.config_file import ConfigError
+from launch.extras import missing_extra
 from serving.directory import MANIFEST, BadInput
 from trainer.config import PretrainedModel, RunConfig
 from trainer.guards import RunFailed
+from trainer.redact import redacted
 
 # Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
 # number of steps is among them so that a run can be made longer, which is said: a schedule then follows the new length.
 _FREE_ON_RESUME = ("run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "model.made_by", "run.dir")
+_SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the arguments name; return the exit code."""
+    politeness.apply()
+    processes.report_start()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0].startswith("-"):
         return _end(2, "usage: python -m launch.train CONFIG [section.key=value ...]")
@@ -35,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end(130)
     except Exception as error:
-        if not isinstance(error, RunFailed):
-            traceback.print_exc()
-        return _end(1, f"error: {error}")
+        if message := missing_extra(error):
+            return _end(2, f"error: {message}")
+        explained = str(error) if isinstance(error, RunFailed) else disk_errors.explain(error)
+        if not explained:
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return _end(1, f"error: {explained or error}")
     return _end(code)
 
 
@@ -62,7 +72,8 @@ def train(config: RunConfig) -> int:
             if step is None:
                 step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
             code = 130 if isinstance(error, KeyboardInterrupt) else 1
-            run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=repr(error))
+            with suppress(OSError):  # the disk may be why it failed
+                run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=repr(error))
         raise
 
 
@@ -74,19 +85,27 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     finished = is_finished(config)
     model = config.model
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
+        if isinstance(model.made_by, str):
+            print(f"{model.path} is not there yet: a run would first fetch {model.made_by}; nothing else was checked")
+            return
         print(f"{model.path} is not there yet: a run would first train {model.made_by}, checked here instead")
         dry_run(config_file.load(model.made_by, [], RunConfig), nproc=nproc)
         return
+    from trainer import loop, out_of_memory
     from trainer.build import build
     from trainer.feed import micro_rows
 
     micro_rows(config, nproc)
-    feed = build(config).feed
+    with out_of_memory.while_building(config):
+        parts = build(config)
+    plan = loop.check_memory(config, parts, world_size=nproc)
+    needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process" if plan else ""
+    feed = parts.feed
     tokens = sum(feed.tokens_at(step) for step in range(config.run.steps))
     epochs = config.run.steps * config.batch.rows / len(feed.train)
     print(
         f"{config.run.folder}: {config.run.steps} steps of {config.batch.rows} rows, {tokens:,} tokens, "
-        f"{epochs:.2f} epochs; {'already finished' if finished else 'nothing was written'}"
+        f"{epochs:.2f} epochs{needs}; {'already finished' if finished else 'nothing was written'}"
     )
 
 
@@ -96,16 +115,17 @@ def is_finished(config: RunConfig) -> bool:
 
     saved = config.run.folder / "config.yaml"
     if not saved.exists():
+        _refuse_foreign_files(config)
         return False
+    status = read_status(config.run.folder)  # first: a newer format may have other keys in its config
     earlier = config_file.load(saved, [], RunConfig)
     different = config_file.differences(earlier, config)
-    changed = [key for key in different if not key.startswith(_FREE_ON_RESUME)]
+    changed = {key: values for key, values in different.items() if not key.startswith(_FREE_ON_RESUME)}
     if changed:
         raise ConfigError(
-            f"run.name: {config.run.folder} holds a different run ({', '.join(changed)} differ); "
+            f"run.name: {config.run.folder} holds a different run ({_show_differences(changed)}); "
             f"choose another run.name, or remove that folder"
         )
-    status = read_status(config.run.folder)
     if status is None:
         return False
     if status["step"] > config.run.steps:
@@ -120,9 +140,30 @@ def is_finished(config: RunConfig) -> bool:
     return is_done and all(path.is_file() for path in products)
 
 
+def _refuse_foreign_files(config: RunConfig) -> None:
+    """Raise ConfigError if the run's folder holds something, though no run: a model there would be replaced."""
+    folder = config.run.folder
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ConfigError(f"run.name: {folder} holds other files ({shown}) and no run; choose another run.name")
+
+
+def _show_differences(changed: dict[str, tuple[Any, Any]]) -> str:
+    """Say the first few keys with what stands there and here, and name the others: one line."""
+    shown = [f"{key} {_brief(there)} there, {_brief(here)} here" for key, (there, here) in changed.items()]
+    others = list(changed)[_SHOWN_DIFFERENCES:]
+    return "; ".join(shown[:_SHOWN_DIFFERENCES]) + (f"; also {', '.join(others)}" if others else "")
+
+
+def _brief(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"...{text[-57:]}"
+
+
 def _end(code: int, message: str = "") -> int:
     """Say why the run ended, once, and leave the code where a group above the launcher looks for it."""
-    if message:
+    if message := redacted(message):
         _say(message)
     processes.report_exit(code, message)
     return 0 if code == 75 and "TORCHELASTIC_RUN_ID" in os.environ else code
@@ -135,8 +176,6 @@ def _say(text: str) -> None:
 
 
 def _next_command(config: RunConfig) -> str:
-    if config.objective.type == "classification":
-        return f"trivet report {config.run.folder}"
     return f"trivet export {config.run.folder} onnx/{config.run.name}"
 
 

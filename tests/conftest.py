@@ -4,6 +4,10 @@ import sys
 
 import pytest
 
+from launch import politeness
+
+politeness.apply()  # the tests phone home as little as the commands do
+
 
 @pytest.fixture
 def trivet(monkeypatch, capfd):

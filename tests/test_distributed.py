@@ -180,7 +180,8 @@ def as_if_killed_after(step: int, path: Path, original: Path) -> None:
         run_folder(original) / "checkpoints" / f"step-{step:08}", folder / "checkpoints" / f"step-{step:08}"
     )
     shutil.copy(run_folder(original) / "metrics.jsonl", folder)
-    status = {"format_version": 1, "state": "running", "code": None, "step": step, "reason": ""}
+    shutil.copy(path, folder / "config.yaml")
+    status = {"format_version": 2, "state": "running", "code": None, "step": step, "reason": ""}
     (folder / "status.json").write_text(json.dumps(status))
 
 

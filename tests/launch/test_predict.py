@@ -1,0 +1,115 @@
+"""`trivet predict`: rows in, labels out, and one line for what cannot be done."""
+
+import json
+
+import numpy as np
+import pytest
+
+from serving.tasks import Classifier
+
+TEXTS = ["the quick brown fox", "", "the list of the lines", "x"]
+
+
+@pytest.fixture(scope="module")
+def onnx_dir(tmp_path_factory):
+    """A small random classifier, exported."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+    from serving.export import export_model
+
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0, initializer_range=0.5,
+        id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1},
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(folder / "model")
+    alphabet = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(
+        folder / "model"
+    )
+    export_model(folder / "model", folder / "onnx")
+    return folder / "onnx"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": f"row {i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def test_a_file_of_rows_is_labelled_in_order_with_its_ids(onnx_dir, rows, tmp_path, trivet):
+    code, out, err = trivet("predict", onnx_dir, "--input", rows, "--output", tmp_path / "out.jsonl")
+    assert (code, out) == (0, ""), err
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [f"row {i}" for i in range(len(TEXTS))]
+    expected = Classifier.open(onnx_dir).classify(TEXTS)
+    assert [(answer["label"], answer["score"], answer["scores"]) for answer in answers] == [
+        (prediction.label, prediction.score, prediction.scores) for prediction in expected
+    ]
+    code, out, _ = trivet("predict", onnx_dir, "--text", TEXTS[0])
+    assert json.loads(out) == {key: value for key, value in answers[0].items() if key != "id"}
+
+
+def test_a_row_that_the_model_fails_on_has_an_error_and_the_others_their_label(
+    onnx_dir, rows, tmp_path, trivet, monkeypatch
+):
+    import serving.tasks
+
+    real = serving.tasks.padded_logits
+
+    def broken(session, manifest, batch):
+        return real(session, manifest, batch) * (np.nan if len(batch[0]) == 1 else 1)
+
+    monkeypatch.setattr(serving.tasks, "padded_logits", broken)
+    code, _, err = trivet("predict", onnx_dir, "--input", rows, "--output", tmp_path / "out.jsonl")
+    assert code == 1
+    assert "error: 2 of 4 rows failed: the model's logits are not finite" in err
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--text, --input: give exactly one of them"),
+        (["--text", "x", "--input", "in.jsonl"], "--text, --input: give exactly one of them"),
+        (["--input", "nowhere.jsonl"], "--input: nowhere.jsonl cannot be read"),
+        (["--input", "bad.jsonl"], "bad.jsonl, line 2: has no `text`; expected the text to classify in it"),
+        (["--input", "number.jsonl"], "number.jsonl, line 1: `text` is a int; expected the text"),
+        (["--input", "list.jsonl"], "list.jsonl, line 1: is a list; expected an object"),
+        (["--text", "x", "--provider", "cuda"], "cuda"),
+        (["--text", "x", "--output", "."], "--output: . is a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(onnx_dir, tmp_path, monkeypatch, trivet, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"prompt": "x"}\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
+    (tmp_path / "list.jsonl").write_text("[]\n")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = trivet("predict", onnx_dir, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_row_that_cannot_be_encoded_is_named_and_no_output_is_left(onnx_dir, tmp_path, trivet):
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    code, _, err = trivet("predict", onnx_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "row 2: text: holds half of a surrogate pair" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_generate_names_predict_for_a_classifier(onnx_dir, trivet):
+    code, _, err = trivet("generate", onnx_dir, "--prompt", "x")
+    assert (code, err) == (
+        2,
+        f"error: {onnx_dir}: its task is classification, not causal_lm; use: trivet predict {onnx_dir}\n",
+    )
