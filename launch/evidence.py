@@ -54,9 +54,9 @@ def compare_with_generate(
 ) -> Comparison:
     """Decode held-out prompts with the engine and with the untouched model; return what differed, and the speeds."""
     text = Text.open(onnx_dir)
-    prompts = held_out_prompts(text, num_prompts)
-    found = Comparison()
     engine = Engine.open(onnx_dir, slots=8)
+    prompts = [prompt[: engine.max_length - num_new_tokens] for prompt in held_out_prompts(text, num_prompts)]
+    found = Comparison()
     sampling = Sampling(max_new_tokens=num_new_tokens, ignore_end=True)
     total = num_prompts * num_new_tokens
 
@@ -125,9 +125,13 @@ def answers(model: str, chat_template: Path | None, questions: list[str], advanc
         advance(question[:40])
         chat = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        answer = generate(loaded, [ids])[0]
+        answer = generate(loaded, [ids[-_room_for_prompt(loaded) :]])[0]
         found.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
     return found
+
+
+def _room_for_prompt(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", 2048) - ANSWER_TOKENS
 
 
 def _load(model: str, num_new_tokens: int, *, end: int | None) -> PreTrainedModel:

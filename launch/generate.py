@@ -33,7 +33,7 @@ def generate(
     if (prompt is None) == (input is None):
         raise BadInput("--prompt, --input: give exactly one of them")
     rows = [{"prompt": prompt}] if input is None else batch.read_rows(input)
-    with writing(output) as file:
+    with writing(output, input) as file:
         engine = Engine.open(onnx_dir, provider=provider, slots=slots)
         answers = _answer(engine, Text.open(onnx_dir), rows, sampling, prompts_are_plain=prompts_are_plain)
         failed = [answer for answer in answers if "error" in answer]

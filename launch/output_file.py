@@ -11,12 +11,14 @@ from serving.directory import BadInput
 
 
 @contextlib.contextmanager
-def writing(output: Path | None) -> Iterator[TextIO]:
+def writing(output: Path | None, source: Path | None) -> Iterator[TextIO]:
     """Yield standard output, or a file that becomes `output` when the block ends well and is removed otherwise.
 
     What cannot be encoded, half a surrogate pair in a row's id, is written as its escape.
-    Raises BadInput, before the block, when `output` cannot be written.
+    Raises BadInput, before the block, when `output` cannot be written, or is the file `source` that the rows come from.
     """
+    if output is not None and source is not None and output.exists() and output.samefile(source):
+        raise BadInput(f"--output: {output} is the file of --input, which would be lost; give another file")
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -22,7 +22,7 @@ def predict(onnx_dir: Path, text: str | None, input: Path | None, output: Path |
         raise BadInput("--text, --input: give exactly one of them")
     rows = [{"text": text}] if input is None else batch.read_rows(input, batch.check_text)
     num_failed, first = 0, ""
-    with writing(output) as file:
+    with writing(output, input) as file:
         classifier = Classifier.open(onnx_dir, provider=provider)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

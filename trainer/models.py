@@ -47,6 +47,12 @@ def build_model(
     return model
 
 
+def check_folder(path: str) -> None:
+    """Raise BadInput if `path` is a folder in which no model lies."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise BadInput(f"model.path: {path}: holds no config.json, so it is no model folder; check the path")
+
+
 def check_length(model: torch.nn.Module, max_length: int) -> None:
     """Raise BadInput if rows of `max_length` tokens are longer than the model is made for."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

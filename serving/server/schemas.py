@@ -206,19 +206,20 @@ def parse(model: type[Body], body: bytes) -> Body:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        # A misspelt field is also a missing one: name the misspelling.
+        # A misspelt field is also a missing one: name the misspelling, and what is meant.
         problems = error.errors(include_url=False)
         misspelt = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-        raise _explain([*misspelt, *problems][0], model) from None
+        missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+        raise _explain([*misspelt, *problems][0], model, missing) from None
 
 
-def _explain(problem: Any, model: type[BaseModel]) -> ApiError:
+def _explain(problem: Any, model: type[BaseModel], missing: list[str]) -> ApiError:
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {message}")
     path = ".".join(str(part) for part in problem["loc"] if part not in ("<text>", "<list>"))[:200]
     if kind == "extra_forbidden":
-        near = [] if "." in path else difflib.get_close_matches(path, list(model.model_fields), n=1)
+        near = [] if "." in path else difflib.get_close_matches(path, list(model.model_fields), n=1) or missing
         hint = f"; did you mean {near[0]}?" if near else "; leave it out"
         return ApiError(400, f"{path}: unknown field{hint}", param=path, code="unknown_field")
     if kind == "value_error" and not path:

@@ -113,3 +113,17 @@ def test_generate_names_predict_for_a_classifier(onnx_dir, trivet):
         2,
         f"error: {onnx_dir}: its task is classification, not causal_lm; use: trivet predict {onnx_dir}\n",
     )
+
+
+@pytest.mark.parametrize("command", ["predict", "generate"])
+def test_the_answers_never_replace_the_rows_they_answer(command, onnx_dir, rows, trivet, tmp_path):
+    link = tmp_path / "the same.jsonl"
+    link.symlink_to(rows)
+    if command == "generate":
+        rows.write_text('{"id": "a", "prompt": "x"}\n')
+    before = rows.read_bytes()
+    for output in (rows, link):
+        code, _, err = trivet(command, onnx_dir, "--input", rows, "--output", output)
+        assert code == 2
+        assert err == f"error: --output: {output} is the file of --input, which would be lost; give another file\n"
+    assert rows.read_bytes() == before

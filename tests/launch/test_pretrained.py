@@ -9,6 +9,7 @@ import pytest
 
 from launch import base_model, pretrained
 from launch.pretrained import Unavailable, cached_model, fetch
+from serving.directory import BadInput
 from trainer.config import RunConfig
 
 
@@ -57,6 +58,15 @@ def test_a_model_that_is_there_is_not_fetched_again(offline):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert fetch() == cached_model() == folder
+
+
+def test_what_else_lies_in_its_folder_is_never_replaced(offline):
+    pretrained.FOLDER.mkdir(parents=True)
+    mine = pretrained.FOLDER / "my-adapter.safetensors"
+    mine.write_text("weights")
+    with pytest.raises(BadInput, match=r"SmolLM2-135M-Instruct: is there, but holds no config\.json.*move it away"):
+        fetch()
+    assert mine.read_text() == "weights"
 
 
 def test_a_config_made_by_the_package_has_it_fetched_to_its_path_first(monkeypatch, tmp_path):

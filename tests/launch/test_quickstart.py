@@ -1,13 +1,16 @@
 """What the quickstart claims: a difference that no near tie excuses fails it, and so does any claim that fails."""
 
 import dataclasses
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import evidence, quickstart, quickstart_base
+from launch import config_file, evidence, quickstart, quickstart_base
 from launch.evidence import Comparison
+from serving.directory import BadInput
 from serving.engine import NEAR_TIE
 from trainer.objectives.sft import encode_chat
 from trainer.tokenizers import load_tokenizer
@@ -134,6 +137,49 @@ def test_a_base_without_a_chat_template_gets_one_and_rows_that_fit_it(plain_base
     )
     assert tokenizer.decode(ids) == "User: Why?\nAssistant: Because.<|end|>\n"
     assert tokenizer.decode(ids[trained]) == "Because.<|end|>"
+
+
+def test_runs_of_trivet_are_told_apart_by_their_run(plain_base, tmp_path):
+    names = []
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        shutil.copytree(plain_base, tmp_path / run / "model")
+        names.append(quickstart_base.of(str(tmp_path / run / "model"), tmp_path / "quickstart").config.run.name)
+    assert names == ["sft-a", "sft-b"]
+
+
+def test_another_base_of_that_name_in_the_folder_is_refused_before_any_training(plain_base, tmp_path, trivet):
+    other = tmp_path / "other" / plain_base.name
+    shutil.copytree(plain_base, other)
+    tuned = quickstart_base.of(str(plain_base), tmp_path / "quickstart")
+    tuned.config.run.folder.mkdir(parents=True)
+    (tuned.config.run.folder / "config.yaml").write_text(config_file.to_yaml(tuned.config))
+    code, _, err = trivet("quickstart", "--base", other, "--dir", tmp_path / "quickstart")
+    assert code == 2
+    assert f"error: --dir: {tmp_path / 'quickstart'} is another quickstart's; choose another" in err
+    assert not (tmp_path / "quickstart" / "pretrain").exists()
+
+
+def test_a_base_with_too_short_a_context_is_refused(plain_base, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(plain_base, short)
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**settings, "n_positions": 64}))
+    with pytest.raises(BadInput, match=r"--base: .*short reads 64 tokens; accepted: 128 or more"):
+        quickstart_base.of(str(short), tmp_path)
+
+
+@pytest.mark.slow
+def test_every_stage_holds_with_a_base_of_128_tokens_and_no_template(plain_base, tmp_path, monkeypatch, capfd):
+    config = quickstart_base.config
+    monkeypatch.setattr(quickstart_base, "config", lambda *given: config(*given, "run.steps=6", "optim.warmup_steps=0"))
+    monkeypatch.setattr(evidence, "held_out_questions", lambda count: ["What does `textwrap.dedent` do?"] * count)
+    outcome = quickstart.quickstart(tmp_path, base=str(plain_base))
+    said = capfd.readouterr().err
+    assert "8 of 8 prompts give the same 24 tokens as transformers' generate" in said, said[-3000:]
+    assert "server stopped cleanly (exit code 0)" in said
+    # Six steps teach it nothing that beats a unigram model, and a random model may repeat one token.
+    assert outcome in (0, 1)
 
 
 def test_answers_before_and_after_stand_side_by_side(plain_base, tmp_path, monkeypatch, capfd):

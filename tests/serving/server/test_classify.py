@@ -84,6 +84,7 @@ def test_each_text_has_its_label_and_scores_in_order(served):
         ({"input": ["x"] * 257}, "input: "),
         ({"input": "x" * 2_000_001}, "input: "),
         ({"inputs": "x"}, "inputs: unknown field; did you mean input?"),
+        ({"text": "x"}, "text: unknown field; did you mean input?"),
         ({"input": "x", "temperature": 1}, "temperature: unknown field"),
         ({"input": "x", "model": ["fake"]}, "model: "),
         ([], "body: "),
