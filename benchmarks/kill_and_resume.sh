@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Does a run that is killed (-9) and started again give the losses of one that was not? For the README's three configs.
+# Does a run that is killed (-9) and started again give the losses of one that was not? For the README's configs of the small model.
 #   bash benchmarks/kill_and_resume.sh FOLDER_WITH_A_FINISHED_pretrain_tiny_RUN      (runs/ by default)
 set -eu
 runs=${1:-runs}
 configs=$(cd "$(dirname "$0")/../configs" && pwd)
 room=$(mktemp -d)
 trap 'rm -rf "$room"' EXIT
-mkdir "$room/runs" && cp -r "$runs/pretrain_tiny" "$room/runs/" && cd "$room"
+[ -f "$runs/pretrain_tiny/result.json" ] || {
+  echo "error: no finished $runs/pretrain_tiny; run: trivet train configs/pretrain_tiny.yaml" >&2
+  exit 2
+}
+mkdir "$room/runs"
+cp -r "$runs/pretrain_tiny" "$room/runs/"
+cd "$room"
 short="run.steps=24 checkpoint.every=6 evaluation.max_rows=16 optim.warmup_steps=5"
 for config in pretrain_tiny sft_lora classify; do
   trivet train "$configs/$config.yaml" "run.name=whole_$config" $short 2> whole.log

@@ -56,6 +56,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; check the path") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a config file, such as {path / 'config.yaml'} of a run") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except RecursionError:

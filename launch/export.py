@@ -25,7 +25,8 @@ def export(model: Path, onnx_dir: Path) -> int:
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with console.status("export") as status:
-            record = export_model(model, onnx_dir, progress=lambda stage: status.update(f"export: {stage}"))
+            show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
+            record = export_model(model, onnx_dir, progress=lambda stage: show(f"export: {stage}"))
     except VerificationFailed as error:
         return _failed(error)
     finally:

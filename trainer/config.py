@@ -174,7 +174,7 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls from its peak, after warm-up, to the last step."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak; at most run.steps.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak; a shorter run ends in the rise.")
     floor: float = Field(0.1, ge=0, le=1, description="Last learning rate as a part of the peak (cosine, linear).")
 
 
@@ -270,9 +270,5 @@ class RunConfig(Section):
             raise ValueError(
                 f"batch.max_length {self.batch.max_length} is longer than model.context_length "
                 f"{self.model.context_length}: lower the first or raise the second"
-            )
-        if self.optim.warmup_steps > self.run.steps:
-            raise ValueError(
-                f"optim.warmup_steps {self.optim.warmup_steps} is more than run.steps {self.run.steps}: lower it"
             )
         return self

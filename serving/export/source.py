@@ -149,6 +149,8 @@ def find_model(path: Path) -> Path:
             if (candidate / "config.json").is_file():
                 return candidate
         raise ExportError(f"{path}: its best run {run} has no model directory; train it to the end")
+    if (path / "status.json").is_file():
+        raise ExportError(f"{path}: the run has not finished; finish it: trivet train {path / 'config.yaml'}")
     raise ExportError(
         f"{path}: has no config.json, model/ or result.json; expected a model directory, a run or a sweep"
     )

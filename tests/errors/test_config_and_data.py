@@ -40,7 +40,7 @@ def test_broken_yaml_names_the_line(refused, work):
     ("arguments", "said"),
     [
         (["train", "absent.yaml"], "absent.yaml: no such config file; check the path"),
-        (["train", "."], ".: cannot be read ([Errno 21] Is a directory"),
+        (["train", "."], ".: is a folder; give a config file, such as config.yaml of a run"),
         (["sweep", "absent.yaml"], "absent.yaml: no such config file; check the path"),
         (["train", "tiny.yaml", "run.name=new", "data.train=absent.txt"], "absent.txt"),
         (["report", "absent"], "absent: no such folder"),

@@ -10,6 +10,12 @@ from serving.request import Sampling
 from serving.text import Text
 
 
+def test_a_table_is_refused_with_what_is_read(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\nx\n")
+    with pytest.raises(RowError, match=r"--input: .*rows\.csv is a table; expected JSONL, an object such as"):
+        read_rows(tmp_path / "rows.csv")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -282,3 +282,9 @@ def test_a_terminated_export_leaves_nothing_behind(model_dir, tmp_path, trivet, 
     code, _, err = trivet("export", model_dir("llama"), tmp_path / "onnx")
     assert (code, "Traceback" in err) == (130, False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_not_finished_is_told_from_a_folder_that_is_none(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "stopped", "step": 5}')
+    with pytest.raises(ExportError, match=r"the run has not finished; finish it: trivet train .*config\.yaml"):
+        export_model(tmp_path, tmp_path.parent / "onnx")

@@ -31,6 +31,11 @@ def test_warm_up_over_the_whole_run_only_rises():
     assert [learning_rate(step, config, 4) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
 
 
+def test_a_run_shorter_than_its_warm_up_ends_in_the_rise():
+    config = Optim(lr=2.0, warmup_steps=4)
+    assert [learning_rate(step, config, 2) for step in range(2)] == pytest.approx([0.5, 1.0])
+
+
 def test_matrices_decay_and_norms_biases_and_frozen_weights_do_not():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1, bias=False))
     model[2].requires_grad_(False)
