@@ -43,9 +43,13 @@ def text_of(row: Row, index: int, data: FileData, setting: str = "text") -> str:
 
 
 def label_of(row: Row, index: int, data: FileData) -> str:
-    """Return the class of a row. Raises BadRow if it is missing, empty, or neither a name nor a whole number."""
+    """Return the class of a row: a name, a whole number (1.0 is 1), true or false. Raises BadRow for anything else."""
     label = _value(row, index, data, "label")
-    if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not isinstance(label, str | int) or label == "":
         reason = f"with an empty {data.label!r}" if label == "" else f"whose {data.label!r} is no name or whole number"
         raise BadRow(row, index, "label", f": {label!r} found; expected a name or a whole number", reason)
     return str(label)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,15 @@ from trainer.corpus import Row
 TxtUnit = Literal["lines", "blocks"]
 
 _LARGEST_FIELD_BYTES = 2**30  # of a csv file: Python's own limit, 128 KiB, is shorter than many documents
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that are not commas, and their names
+
+# What the csv module says -> what is wrong, in a user's words.
+_CSV_ERRORS = {
+    "new-line character": "a carriage return without a line feed; convert the line ends: tr '\\r' '\\n' < OLD > NEW",
+    "unexpected end": "a quote is opened and never closed (unexpected end of data); mend the file",
+    "expected after": "a quote is closed inside a field; double the quotes that belong to the text",
+}
 
 
 class DataError(BadInput):
@@ -51,12 +61,34 @@ def read_rows(path: Path, split_txt: TxtUnit = "lines") -> Iterator[Row]:
         for line, values in reader(_read(path), path):
             yield FileRow(values, path, line)
     except csv.Error as error:
-        raise DataError(f"data: {path}, after line {line}: cannot be read ({error}); mend the file") from None
+        what = next((said for words, said in _CSV_ERRORS.items() if words in str(error)), f"{error}; mend the file")
+        raise DataError(f"data: {path}, after line {line}: cannot be read: {what}") from None
 
 
 def ending(path: Path) -> str:
-    """Return what names the format: the last ending before .gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
+    """Return what names the format, in small letters: the last ending before .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def wrong_separator(path: Path, names: list[str]) -> str | None:
+    """Say that a csv file seems to have another separator than commas, and how to convert it; None if it does not."""
+    mark = next((mark for mark in _SEPARATORS if len(names) == 1 and mark in names[0]), None)
+    if mark is None or ending(path) != ".csv":
+        return None
+    to = path.with_name(path.name[: path.name.lower().rindex(".csv")] + ".commas.csv")
+    opened = f"gzip.open({str(path)!r}, 'rt'" if _is_packed(path) else f"open({str(path)!r}"
+    code = (
+        f"import csv, gzip; csv.writer(open({str(to)!r}, 'w', newline='', encoding='utf-8')).writerows("
+        f"csv.reader({opened}, newline='', encoding='utf-8-sig'), delimiter={mark!r}))"
+    )
+    return (
+        f"fields must be separated by commas, and here are {_SEPARATORS[mark]}; convert it: python -c {_quoted(code)}"
+    )
+
+
+def _quoted(code: str) -> str:
+    """The code as a shell takes it: in double quotes where nothing in it speaks against that."""
+    return shlex.quote(code) if any(mark in code for mark in ('"', "$", "`", "!", "\\\\")) else f'"{code}"'
 
 
 def texts_in(folder: Path) -> list[tuple[Path, str | None]]:
@@ -85,6 +117,10 @@ def _is_text(path: Path) -> bool:
     return ending(path) == ".txt" and not path.name.startswith(".") and path.is_file()
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _is_class(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
@@ -100,7 +136,7 @@ def _read(path: Path) -> Iterator[str]:
     """
     number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise DataError(f"data: {path}, line {number}: holds a zero byte; convert the file to UTF-8 text")
@@ -135,10 +171,10 @@ def _read_csv(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
         raise DataError(f"data: {path}, line 1: two columns are named {twice[0]!r}; rename one")
     for row in reader:
         if None in row or None in row.values():
-            expected = len(reader.fieldnames or ())
-            raise DataError(
-                f"data: {path}, line {reader.line_num}: not {expected} fields, as in its first line; mend it"
-            )
+            where, separator = f"data: {path}, line {reader.line_num}", wrong_separator(path, names)
+            if separator:
+                raise DataError(f"{where}: not one field, as in its first line: {separator}")
+            raise DataError(f"{where}: not {len(names)} fields, as in its first line; mend it")
         yield reader.line_num, row
 
 

@@ -1,11 +1,12 @@
 """`trivet init`: a config for the user's data, or the example configs to start from."""
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
 from launch import shipped
-from launch.init import bases, choices, config_text, guesses, profiles, screen, user_data
+from launch.init import bases, choices, column, config_text, guesses, profiles, screen, user_data
 from launch.init.bases import Base
 from launch.init.findings import findings
 from launch.init.guesses import Guess, Wish
@@ -15,6 +16,7 @@ from serving import directory
 from serving.directory import BadInput
 from trainer import sources
 from trainer.config import FileData, Run
+from trainer.data_files import wrong_separator
 from trainer.sources import DataError, NothingHeldOut
 
 _ENOUGH_HELD_OUT = 100  # rows; a part of the data that gives about so many is held out
@@ -32,7 +34,7 @@ def init(name: str | None, data: Path | None, wish: Wish, base: str | None, *, f
             f"--from is missing: trivet init {name} --from data.csv (a .csv, .jsonl or .txt file, or a folder)"
         )
     if name is None:
-        raise BadInput(f"NAME is missing: trivet init my-task --from {data}")
+        raise BadInput(f"NAME is missing: trivet init my-task --from {shlex.quote(str(data))}")
     return init_from(name, data, wish, base, force=force)
 
 
@@ -43,8 +45,10 @@ def init_from(name: str, data: Path, wish: Wish, base_name: str | None, *, force
     if Path(base.path) == Path("runs") / name / "model":
         raise BadInput(f"NAME: {name!r} is the run that makes the base model; choose another")
     found = user_data.find(data)
-    columns = profiles.columns_of(found.train_rows)
+    columns = column.columns_of(found.train_rows)
+    _check_separator(found.train, columns, wish)
     guess = guesses.guess(data, columns, wish)
+    bases.check_kind(base, guess.objective)
     if guess.objective == "sft":
         bases.check_chat_template(base)
     found = _with_fitting_held_out(found, guess)
@@ -53,10 +57,11 @@ def init_from(name: str, data: Path, wish: Wish, base_name: str | None, *, force
     if guess.objective == "classification" and len(profile.labels) < 2:
         raise BadInput(f"--label: every training row has the label {profile.labels[0][0]!r}; at least two are needed")
     settings = choices.choose(guess.objective, profile, base)
-    lines = findings(found, columns, guess, profile)
+    lines = findings(found, columns, guess, profile, settings.sections["batch"]["max_length"])
+    command = _command(name, data, wish, base_name, force=force)
     sections = config_text.compose(path, name, section, guess, base, settings)
     text = config_text.render(
-        sections, settings.reasons | _reasons(profile, base), _head(path, name, data, lines, settings)
+        sections, settings.reasons | _reasons(profile, base), _head(path, command, lines, settings)
     )
     screen.show(data, columns, lines)
     _write(path, text, base)
@@ -67,7 +72,11 @@ def init_from(name: str, data: Path, wish: Wish, base_name: str | None, *, force
 def copy_examples(folder: Path, *, force: bool) -> int:
     """Copy the example configs into `folder`, all or none. Raises BadInput where one there is different."""
     source = shipped.example_configs()
+    if folder.is_dir() and folder.samefile(source):
+        print(f"{folder}: the example configs, this clone's own\nnext: trivet train {folder}/pretrain_tiny.yaml")
+        return 0
     files = sorted(path.relative_to(source) for path in source.rglob("*.yaml"))
+    _check_places([folder / file for file in files])
     new = [file for file in files if not (folder / file).exists()]
     changed = [file for file in set(files) - set(new) if (folder / file).read_bytes() != (source / file).read_bytes()]
     if changed and not force:
@@ -82,6 +91,17 @@ def copy_examples(folder: Path, *, force: bool) -> int:
     return 0
 
 
+def _check_places(paths: list[Path]) -> None:
+    """Raise BadInput if a file cannot be written at one of the paths, before any is."""
+    for path in paths:
+        if path.is_dir():
+            raise BadInput(f"{path}: is a folder where a config is to stand; move it")
+        above = next(parent for parent in path.parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            what = "no permission to write there" if above.is_dir() else "is a file where a folder is to stand; move it"
+            raise BadInput(f"{above}: {what}")
+
+
 def _config_path(name: str, *, force: bool) -> Path:
     try:
         Run(name=name, steps=1)
@@ -93,16 +113,25 @@ def _config_path(name: str, *, force: bool) -> Path:
     if name.endswith((".yaml", ".yml")):
         raise BadInput(f"NAME: {name!r} found; give it without the ending: trivet init {name.rpartition('.')[0]} ...")
     path = Path("configs" if Path("configs").is_dir() else ".") / f"{name}.yaml"
+    _check_places([path])
     if path.exists() and not force:
         raise BadInput(f"{path}: is there already; choose another NAME, or replace it with --force")
     return path
 
 
+def _check_separator(train: Path, columns: list[column.Column], wish: Wish) -> None:
+    """Raise BadInput for a csv file whose fields are not separated by commas, unless its one column is asked for."""
+    names = [each.name for each in columns]
+    what = wrong_separator(train, names)
+    if what and names[0] not in wish.columns.values():
+        raise BadInput(f"--from: {train} has one column, {names[0]!r}: {what}")
+
+
 def _with_fitting_held_out(found: Found, guess: Guess) -> Found:
     """The data without its held-out file where that lacks a column that is learned from."""
-    needed = [column for setting, column in guess.columns.items() if setting != "context"]
+    needed = [name for setting, name in guess.columns.items() if setting != "context"]
     rows = found.validation_rows
-    missing = [column for column in needed if rows is not None and not any(column in row for row in rows)]
+    missing = [name for name in needed if rows is not None and not any(name in row for row in rows)]
     if not missing or found.validation is None:
         return found
     remark = f"{found.validation.name} is not used: none of its rows has `{missing[0]}`"
@@ -119,7 +148,8 @@ def _divide(found: Found, guess: Guess) -> tuple[FileData, sources.Splits]:
         except NothingHeldOut:
             continue
         except DataError as error:
-            raise BadInput(f"--from: {str(error).removeprefix('data.')}") from None
+            alone = f"; without it: --from {shlex.quote(str(found.train))}" if found.validation else ""
+            raise BadInput(f"--from: {str(error).removeprefix('data.')}{alone}") from None
         return config_text.data_section(found, guess, part, skip_bad_rows=bool(splits.left_out)), splits
     raise BadInput(
         f"--from: {found.train}: rows too few or too alike to hold some out ({len(found.train_rows)}); a few dozen "
@@ -136,10 +166,17 @@ def _reasons(profile: Profile, base: Base) -> dict[str, str]:
     }
 
 
-def _head(path: Path, name: str, data: Path, lines: list[tuple[str, str]], settings: choices.Settings) -> list[str]:
+def _command(name: str, data: Path, wish: Wish, base_name: str | None, *, force: bool) -> str:
+    """The command as it is to be typed again."""
+    options = {"from": str(data), "objective": wish.objective, **wish.columns, "base": base_name}
+    given = [part for option, value in options.items() if value is not None for part in (f"--{option}", value)]
+    return shlex.join(["trivet", "init", name, *given, *(["--force"] if force else [])])
+
+
+def _head(path: Path, command: str, lines: list[tuple[str, str]], settings: choices.Settings) -> list[str]:
     """The comment at the top of the config."""
     return [
-        f"Written by: trivet init {name} --from {shlex.quote(str(data))}",
+        f"Written by: {command}",
         f"Run it ({choices.duration(settings.seconds)} on two CPU cores): trivet train {shlex.quote(str(path))}",
         "Every key, its range and its meaning: trivet config-docs",
         "",

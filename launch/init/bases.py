@@ -4,16 +4,28 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import config_file, pretrained, shipped
-from launch.init.profiles import TokenCounter
+from launch.init.token_counter import TokenCounter, estimate, tokenizer_counter
 from serving.directory import BadInput
 from trainer.config import NewModel, RunConfig, TrainedTokenizer
 
 EXAMPLE = "pretrain_tiny.yaml"  # makes the base model where there is no other
 
-_BYTES_PER_TOKEN = 4.0  # English in a vocabulary of 30,000 and more
-_BYTES_PER_TOKEN_TINY = 2.4  # English in the 2,048 entries of the example's tokenizer, which saw mostly code
+# (letters of ASCII to a token, tokens to a byte of other scripts), measured: English, and Chinese, Thai and Russian
+_LARGE = (4.0, 0.65)  # in a vocabulary of 30,000 and more
+_TINY = (2.4, 1.0)  # in the 2,048 entries of the example's tokenizer, which saw English and code
+
+# How the classes of models end that do not continue a text, and so can be trained for labels only.
+_NOT_CAUSAL = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForConditionalGeneration",
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,27 @@ def choose(wanted: str | None, folder: Path) -> Base:
     return _pretrained(str(cached), cached.name) if cached else _example(folder)
 
 
+def check_kind(base: Base, objective: str) -> None:
+    """Raise BadInput if the base model is here and does not continue texts, which all but classification needs."""
+    file = _file(base.path, "config.json")
+    if objective == "classification" or file is None:
+        return
+    config = _read_json(file)
+    kinds = [name for name in config.get("architectures") or [] if name.endswith(_NOT_CAUSAL)]
+    kind = kinds[0] if kinds else "an encoder-decoder model" if config.get("is_encoder_decoder") else None
+    if kind:
+        raise BadInput(
+            f"--base: {base.path} is {kind}, and {objective} needs a model that continues texts (a ...ForCausalLM, "
+            f"such as a chat model); name another, or learn labels: --label COLUMN"
+        )
+
+
 def check_chat_template(base: Base) -> None:
     """Raise BadInput if the base model's tokenizer is here and has no chat template, which sft needs."""
     files = [_file(base.path, name) for name in ("chat_template.jinja", "tokenizer_config.json")]
     if base.made_by is not None or files[0] is not None or files[1] is None:
         return
-    if not json.loads(files[1].read_text(encoding="utf-8")).get("chat_template"):
+    if not _read_json(files[1]).get("chat_template"):
         raise BadInput(
             f"--base: {base.path} has no chat template, which sft needs; use a chat model, or --objective causal_lm"
         )
@@ -68,7 +95,7 @@ def _pretrained(path: str, what: str) -> Base:
 
         hub.check_reachable(path, "--base")
     config = _file(path, "config.json")
-    settings = json.loads(config.read_text(encoding="utf-8")) if config else {}
+    settings = _read_json(config) if config else {}
     return Base(
         path,
         made_by=None,
@@ -76,7 +103,7 @@ def _pretrained(path: str, what: str) -> Base:
         is_there=config is not None,
         num_parameters=_count_parameters(Path(path)),
         context_length=settings.get("max_position_embeddings"),
-        counter=_counter(path, _BYTES_PER_TOKEN),
+        counter=_counter(path, *_LARGE),
         what=what,
     )
 
@@ -97,7 +124,7 @@ def _example(folder: Path) -> Base:
         is_there=path.is_dir(),
         num_parameters=_size_of(model, tokenizer),
         context_length=model.context_length,
-        counter=_counter(str(path), _BYTES_PER_TOKEN_TINY),
+        counter=_counter(str(path), *_TINY),
         what=f"the small model of {beside or folder / EXAMPLE}" + ("" if path.is_dir() else ", trained first"),
     )
 
@@ -126,21 +153,22 @@ def _product(shape: list[int]) -> int:
     return size
 
 
-def _counter(path: str, bytes_per_token: float) -> TokenCounter:
+def _counter(path: str, ascii_per_token: float, tokens_per_other_byte: float) -> TokenCounter:
     file = _file(path, "tokenizer.json")
     if file is None:
-        return TokenCounter(
-            lambda texts: [max(1, round(len(text.encode()) / bytes_per_token)) for text in texts],
-            by=f"an estimate, {bytes_per_token:g} bytes to a token: the model's tokenizer is not here yet",
-        )
-    from tokenizers import Tokenizer
+        return estimate(ascii_per_token, tokens_per_other_byte)
+    return tokenizer_counter(path, file, _file(path, "chat_template.jinja"), _file(path, "tokenizer_config.json"))
 
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return TokenCounter(
-        lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)], by=f"the tokenizer of {path}"
-    )
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a model folder. Raises BadInput."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--base: {path} cannot be read ({error}); get the whole model again") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"--base: {path} holds no object; get the whole model again")
+    return found
 
 
 def _file(path: str, name: str) -> Path | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.init.bases import Base
-from launch.init.profiles import Profile
+from launch.init.profiles import Profile, quantile
+from serving.directory import BadInput
 
 _BUDGET_S = 180
 # Measured on two CPU cores in fp32: LoRA on 135M weights about 200 tokens/s, 1M weights about 8,000.
@@ -18,8 +19,11 @@ _MAKE_BASE_S = 60
 
 _MOST_EPOCHS = 3
 _FEWEST_STEPS = 10
-_TEMPLATE_TOKENS = 24  # what a chat template adds to a question and its answer
 _LONGEST = {"causal_lm": 256, "sft": 512, "classification": 256}  # for CPU cores; a GPU takes more
+_LONGEST_CHAT = 2048  # where shorter rows would cut answers away
+_NEARLY_ALL = 0.99  # of the prompts, for which rows grow beyond the usual
+_ANSWER_TOKENS = 64  # that are to fit behind a long prompt
+_ROOM_FOR_TEXTS = 128  # tokens
 _MOST_HELD_OUT = 512
 _COMMON = 0.05  # the share of a class that must not be missing where evaluation stops
 
@@ -76,16 +80,45 @@ def _max_length(objective: str, profile: Profile, base: Base) -> tuple[int, str]
     if objective == "causal_lm":
         return most, "tokens per row; longer texts are cut into pieces, short ones share a row, nothing is lost"
     if objective == "sft":
-        needed = _up(lengths.p95 + _TEMPLATE_TOKENS, 32)
-        length = min(most, max(256, needed))
-        fits = "95% of the chats fit whole" if needed <= length else f"95% of the chats would need {needed}"
-        return length, f"tokens per row, short chats share one; {fits}, longer ones are cut"
+        return _chat_length(profile, base)
     needed = _up(lengths.p95 + 2, 16)
-    length = min(most, needed)
-    fits = (
-        "95% of the texts fit whole" if needed <= length else f"95% of the texts would need {needed}, which is slower"
-    )
-    return length, f"{fits}; of longer ones only the start is read"
+    # Room beyond the data's own texts costs nothing, since batches are padded to the longest text in them.
+    length = min(most, max(_ROOM_FOR_TEXTS, needed))
+    cut = "of longer ones only the start is read, in training and when served"
+    if needed > length:
+        return length, f"95% of the texts would need {needed}, which is slower; {cut}"
+    return length, f"95% of the texts {_fit(profile)}; {cut}"
+
+
+def _chat_length(profile: Profile, base: Base) -> tuple[int, str]:
+    """Longer than usual where prompts alone would fill rows. Raises BadInput where they do so in all."""
+    cap = min(_LONGEST_CHAT, base.context_length or _LONGEST_CHAT)
+    needed = _up(profile.lengths.p95 + base.counter.template_tokens, 32)
+    length = min(cap, _LONGEST["sft"], max(256, needed))
+    if num_lost(profile, length):
+        asked = quantile(sorted(profile.prompts), _NEARLY_ALL) + _ANSWER_TOKENS
+        length = max(length, min(cap, _up(asked, 32)))
+    for prompts in (profile.prompts, profile.held_out_prompts):
+        if min(prompts) >= length:
+            context = (
+                f"the context of {base.path} is {base.context_length:,}" if base.context_length else "for CPU cores"
+            )
+            have = "are estimated to have" if base.counter.is_estimate else "have"
+            raise BadInput(
+                f"--from: no answer would be learned: the prompts {have} {min(prompts):,} to {max(prompts):,} tokens, "
+                f"and a row at most {length:,} ({context}); shorten them, or take a --base with a longer context"
+            )
+    fits = f"95% of the chats {_fit(profile)}" if needed <= length else f"95% of the chats would need {needed}"
+    return length, f"tokens per row, short chats share one; {fits}, longer ones are cut"
+
+
+def num_lost(profile: Profile, length: int) -> int:
+    """Return how many training rows teach nothing, because their prompt alone fills `length` tokens."""
+    return sum(tokens >= length for tokens in profile.prompts)
+
+
+def _fit(profile: Profile) -> str:
+    return "are estimated to fit" if profile.lengths.is_estimate else "fit whole"
 
 
 def _rows(objective: str, profile: Profile, length: int, is_small: bool) -> tuple[int, int]:
@@ -134,7 +167,8 @@ def _why_steps(steps: int, epoch: int, seconds: float) -> str:
 
 
 def _why_strategy(size: int, base: Base, is_small: bool) -> str:
-    known = f"{size / 1e6:,.1f}M weights" if base.num_parameters else "a model of unknown size"
+    millions = f"{size / 1e6:,.1f}M" if size >= 100_000 else f"{size:,}"
+    known = f"{millions} weights" if base.num_parameters else "a model of unknown size"
     if is_small:
         return f"every weight learns: {known} are few enough"
     return f"LoRA, for {known}: under 4% of them learn; type: full needs four times the memory"

@@ -53,8 +53,12 @@ def compose(path: Path, name: str, data: FileData, guess: Guess, base: Base, set
 
 
 def render(sections: dict[str, dict[str, Any]], reasons: dict[str, str], head: list[str]) -> str:
-    """Return the YAML of the sections under the lines of `head`, with the reason for a section or key above it."""
-    lines = [line for text in head for line in _comment(text, "") or ["#"]]
+    """Return the YAML of the sections under the lines of `head`, with the reason for a section or key above it.
+
+    The first line of `head` is not wrapped.
+    """
+    command, *rest = head  # the command stays on one line, to be copied
+    lines = [f"# {_printable(command)}", *(line for text in rest for line in _comment(text, "") or ["#"])]
     for section, values in sections.items():
         lines += ["", *_comment(reasons.get(section, ""), ""), f"{section}:"]
         for key, value in values.items():
@@ -68,6 +72,10 @@ def _comment(text: str, indent: str) -> list[str]:
         clean(text), _WIDTH, initial_indent=start, subsequent_indent=f"{start}  ",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _scalar(value: Any) -> str:

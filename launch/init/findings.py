@@ -1,21 +1,28 @@
 """What was found in a data set, in words: the same lines for the terminal and for the head of the config."""
 
+from launch.init.choices import num_lost
+from launch.init.column import Column
 from launch.init.guesses import Guess
-from launch.init.profiles import Column, Profile
+from launch.init.profiles import Profile
 from launch.init.user_data import Found
 from trainer.data_files import ending
 from trainer.sources import LeftOut
 
 _LABELS_SHOWN = 12
 _COLUMN_NAME_CHARS = 40
+_MISSING = {"nan", "none", "n/a", "na", "null", "nil", "-", "?", "<na>", "#n/a", "missing"}
 
 
-def findings(found: Found, columns: list[Column], guess: Guess, profile: Profile) -> list[tuple[str, str]]:
-    """Return (what, finding) lines, without line breaks or control characters."""
+def findings(
+    found: Found, columns: list[Column], guess: Guess, profile: Profile, max_length: int
+) -> list[tuple[str, str]]:
+    """Return (what, finding) lines, without line breaks or control characters; rows will have `max_length` tokens."""
     lines = [("rows", _rows(found, profile)), (guess.objective, f"{guess.reason}{_unused(columns, guess)}")]
     if profile.labels:
         lines.append(("labels", _labels(profile)))
     lines.append(("tokens", _lengths(profile)))
+    if lost := num_lost(profile, max_length):
+        lines.append(("lost", f"answers cut away: {lost:,} rows, whose prompt alone fills {max_length:,} tokens"))
     lines.append(("repeated", _repeated(profile)))
     lines += [("left out", _left_out(each)) for each in profile.splits.left_out]
     lines += [("note", remark) for remark in (*found.remarks, *_doubts(found, columns, guess, profile))]
@@ -52,8 +59,8 @@ def _lengths(profile: Profile) -> str:
     lengths, rows = profile.lengths, len(profile.splits.train)
     of = "" if lengths.num_counted == rows else f", counted on {lengths.num_counted:,} rows and the longest"
     return (
-        f"half of the rows have up to {lengths.median:,}, 95% up to {lengths.p95:,}, the longest {lengths.longest:,} "
-        f"(by {lengths.by}{of})"
+        f"half of the training rows have up to {lengths.median:,}, 95% up to {lengths.p95:,}, the longest "
+        f"{lengths.longest:,} (by {lengths.by}{of})"
     )
 
 
@@ -80,11 +87,30 @@ def _doubts(found: Found, columns: list[Column], guess: Guess, profile: Profile)
             f"the first line is read as column names ({odd[0][:_COLUMN_NAME_CHARS]!r}): if it is data, put a line of "
             f"names before it"
         )
-    if len(profile.labels) > len(profile.splits.train) / 2:
-        doubts.append(f"`{guess.columns['label']}` has nearly as many values as rows: is it a label?")
-    few = [label for label, count in profile.labels if count < 10]
-    if few and len(few) < len(profile.labels):
-        doubts.append(f"classes with fewer than 10 training rows: {len(few)} ({', '.join(few[:5])})")
+    if profile.labels:
+        doubts += _label_doubts(guess, profile)
     if found.validation is not None and found.validation.name.startswith("test"):
         doubts.append(f"{found.validation.name} is used as held-out data: keep other rows for final figures")
+    return doubts
+
+
+def _label_doubts(guess: Guess, profile: Profile) -> list[str]:
+    column, names = guess.columns["label"], [label for label, _ in profile.labels]
+    doubts = []
+    if guess.is_weak:
+        doubts.append(f"that `{column}` is a label is guessed; if not: --objective causal_lm")
+    if len(names) > len(profile.splits.train) / 2:
+        doubts.append(f"`{column}` has nearly as many values as rows: is it a label?")
+    few = [label for label, count in profile.labels if count < 10]
+    if few and len(few) < len(names):
+        doubts.append(f"classes with fewer than 10 training rows: {len(few)} ({', '.join(few[:5])})")
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    for alike in [group for group in groups.values() if len(group) > 1][:_LABELS_SHOWN]:
+        shown = ", ".join(map(repr, sorted(alike)))
+        doubts.append(f"labels that differ only in case or spaces are classes of their own: {shown}; are they one?")
+    missing = [name for name in names if name.strip().casefold() in _MISSING]
+    if missing:
+        doubts.append(f"labels that look like missing values: {', '.join(map(repr, missing))}; remove such rows?")
     return doubts

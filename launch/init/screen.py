@@ -10,8 +10,8 @@ from rich.text import Text
 
 from launch.init.bases import Base
 from launch.init.choices import duration
+from launch.init.column import Column
 from launch.init.findings import clean
-from launch.init.profiles import Column
 
 _EXAMPLE_CHARS = 60
 _PLAIN_WIDTH = 118  # of lines that do not go to a terminal

@@ -4,11 +4,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.init.folders import files_in
 from serving.directory import BadInput
 from trainer.corpus import Row
-from trainer.data_files import READERS, DataError, TxtUnit, ending, read_rows, texts_in
+from trainer.data_files import READERS, DataError, TxtUnit, ending, read_rows
 
-_HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "eval", "test")  # the first that is there is used
 _LOOK_AT_LINES = 2_000
 _FEWEST_BLOCKS = 20
 
@@ -31,10 +31,13 @@ class Found:
 
 def find(source: Path) -> Found:
     """Return the data that `source` names: a file, a folder of .txt files or of classes, or a folder with a train
-    file and perhaps a held-out one. Raises BadInput if there is none, or if it is broken, empty or ambiguous."""
+    file or folder and perhaps a held-out one.
+
+    Raises BadInput if there is none, or if it is broken, empty or ambiguous.
+    """
     if not source.exists():
         raise BadInput(f"--from: {source}: no such file or folder; check the path")
-    train, validation, remarks = _files_in(source) if source.is_dir() else (source, None, [])
+    train, validation, remarks = files_in(source) if source.is_dir() else (source, None, [])
     if not train.is_dir() and ending(train) not in READERS:
         raise BadInput(
             f"--from: {train} has an unknown ending; accepted: {', '.join(READERS)}, each also with .gz"
@@ -55,36 +58,6 @@ def find(source: Path) -> Found:
     return Found(source, train, validation, split_txt, rows, held_out, remarks)
 
 
-def _files_in(folder: Path) -> tuple[Path, Path | None, list[str]]:
-    """The training file and the held-out file of a folder, or the folder itself where it is made of texts."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and ending(path) in READERS)
-    if train := _named("train", files):
-        held_out = next((file for name in _HELD_OUT_NAMES if (file := _named(name, files))), None)
-        others = [file.name for file in files if file not in (train, held_out)]
-        return train, held_out, [f"not used: {', '.join(others)}"] if others else []
-    tables = [file for file in files if ending(file) != ".txt" or _stem(file) in _HELD_OUT_NAMES]
-    if len(files) == 1 and not any(path.is_dir() for path in folder.iterdir()):
-        return files[0], None, [f"{files[0].name} is the only data file there"]
-    if tables:
-        names = ", ".join(file.name for file in files[:6]) + (", ..." if len(files) > 6 else "")
-        raise BadInput(f"--from: {folder} has no train file; it has: {names}; name one of them: --from {files[0]}")
-    texts = texts_in(folder)
-    folders = [folder, *{path.parent for path, _ in texts} - {folder}]
-    ignored = sum(path.is_file() for each in folders for path in each.iterdir()) - len(texts)
-    return folder, None, [f"other files there, which are ignored: {ignored:,}"] if ignored else []
-
-
-def _named(name: str, files: list[Path]) -> Path | None:
-    found = [file for file in files if _stem(file) == name]
-    if len(found) > 1:
-        raise BadInput(f"--from: both {found[0]} and {found[1]}; name one of them: --from {found[0]}")
-    return found[0] if found else None
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(ending(path)).lower()
-
-
 def _stands_in_blocks(path: Path) -> bool:
     """Whether the first lines of a .txt file stand in blocks of short lines, as verses and speeches do."""
     sizes: list[int] = []  # of blocks, in lines
@@ -101,7 +74,7 @@ def _stands_in_blocks(path: Path) -> bool:
 
 
 def _convert(path: Path) -> str:
-    reader = _PANDAS.get(path.suffix)
+    reader = _PANDAS.get(path.suffix.lower())
     if reader is None:
         return ""
     to = path.with_suffix(".jsonl")

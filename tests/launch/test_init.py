@@ -134,7 +134,7 @@ def test_lengths_are_estimated_and_said_to_be_where_there_is_no_tokenizer_yet(tr
     write("d/dev.jsonl", [{"text": "held out"}])
     _, out, _ = trivet("init", "x", "--from", "d", "--text", "text")
     assert (
-        "half of the rows have up to 10, 95% up to 10, the longest 100 (by an estimate, 2.4 bytes to a token"
+        "half of the training rows have up to 10, 95% up to 10, the longest 100 (by an estimate, 2.4 bytes to a token"
         in said(out)
     )
 

@@ -30,7 +30,7 @@ TEXTS = "".join(f'{{"text": "once upon a time {i}"}}\n' for i in range(60)).enco
         (["x", "--from", "a.txt"], "a.txt", b"one\nna\xefve\n", ["a.txt, line 2", "not UTF-8"]),
         (["x", "--from", "a.jsonl"], "a.jsonl", TEXTS + b"{oops\n", ["a.jsonl, line 61", "not JSON"]),
         (["x", "--from", "a.csv"], "a.csv", b"text,label\na,b\nc\n", ["a.csv, line 3", "not 2 fields"]),
-        (["x", "--from", "a.csv"], "a.csv", b"en;de\na;b\n", ["en;de (text)", "fields must be separated by commas"]),
+        (["x", "--from", "a.csv"], "a.csv", b"en;de\na;b\n", ["one column, 'en;de'", "separated by commas"]),
         (["x", "--from", "a.csv"], "a.csv", b"en,de\na b c,d e f\n", ["nothing fits", "en (text), de (text)"]),
         (["x", "--from", "a.jsonl", "--text", "txet"], "a.jsonl", TEXTS, ["--text", "no column 'txet'", "mean 'text'"]),
         (["x", "--from", "a.jsonl", "--objective", "stf"], "a.jsonl", TEXTS, ["--objective: 'stf'", "mean sft?"]),
@@ -66,3 +66,7 @@ def test_two_train_files_in_a_folder_are_refused(trivet):
     Path("d/train.jsonl.gz").write_bytes(gzip.compress(TEXTS))
     _, _, err = trivet("init", "x", "--from", "d")
     assert "--from: both d/train.csv and d/train.jsonl.gz; name one of them" in err
+
+
+def test_a_path_in_advice_is_quoted_for_the_shell(trivet):
+    assert "trivet init my-task --from 'my data.csv'\n" in trivet("init", "--from", "my data.csv")[2]

@@ -1,15 +1,17 @@
 """What columns are taken for: usual tables, unusual ones, and well-known data sets where they lie beside the clone."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from launch.init import profiles, user_data
+from launch.init.column import columns_of
 from launch.init.guesses import Guess, Wish, guess
-from launch.init.profiles import columns_of, quantile
+from launch.init.profiles import quantile
 from serving.directory import BadInput
 
-DATA_SETS = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+DATA_SETS = Path(os.environ.get("TRIVET_DATA_SETS", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 

@@ -43,7 +43,7 @@ def test_a_held_out_label_that_training_never_saw_is_refused(objective, tokenize
         objective.encode([row], tokenizer, 64)
 
 
-@pytest.mark.parametrize("label", ["", ["noun"], {"a": 1}, True, 1.0])
+@pytest.mark.parametrize("label", ["", ["noun"], {"a": 1}, 1.5])
 def test_a_label_that_names_no_class_is_refused(label):
     with pytest.raises(DataError, match=r"data\.label: row 3: .* found; expected a name or a whole number"):
         OBJECTIVES["classification"](COLUMNS, [*ROWS[:2], {"text": "x", "label": label}])
