@@ -11,9 +11,25 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("launch", "serving", "trainer")
 HOME = Path(__file__).resolve().parent
+INSTALLED = {"site-packages", "dist-packages"}  # where pip puts distributions; the second on Debian
+
+
+class Foreign(NamedTuple):
+    """One of our packages that is another's: what is `found` and how to `mend` that, in words.
+
+    `owners` are the distributions it belongs to, `first` is what comes before ours, None if ours was overwritten or
+    is missing.
+    """
+
+    name: str
+    found: str
+    mend: str
+    owners: tuple[str, ...] = ()
+    first: Path | None = None
 
 
 def main() -> None:
@@ -33,44 +49,46 @@ def refuse_foreign_packages() -> None:
 
 
 def foreign_package() -> str:
-    """Return a line about the first package that is not ours and how to mend that; nothing if all three are ours.
+    """Return a line about the first package that is not ours and how to mend that; nothing if all three are ours."""
+    return next((f"{each.name}: {each.found}; {each.mend}" for each in foreign_packages()), "")
 
-    Imports none of them. A package is ours if it lies beside this file and is as it was installed.
+
+def foreign_packages() -> list[Foreign]:
+    """Return those of the three packages that are not ours. Imports none of them.
+
+    A package is ours if it lies beside this file and is as it was installed.
     """
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            return f"{name}: Trivet's own package is missing in {HOME}; install Trivet again"
-        found = Path(spec.origin).resolve()
-        if found != HOME / name / "__init__.py":
-            return f"{name}: {_folder(found)} comes before Trivet's own {HOME / name}; {_mend(name, found)}"
-        if _was_overwritten(f"{name}/__init__.py"):
-            owners = " and ".join(_foreign_owners(name)) or "another package"
-            return (
-                f"{name}: files of {owners} lie in Trivet's {HOME / name}; "
-                f"uninstall {owners}, then install Trivet again, in an environment of its own"
-            )
-    return ""
+    return [foreign for name in PACKAGES if (foreign := _foreign(name))]
 
 
-def _folder(found: Path) -> Path:
-    return found.parent if found.name == "__init__.py" else found
-
-
-def _mend(name: str, found: Path) -> str:
-    """What to do about the foreign `found`: take its distribution away, or else keep its folder off the path."""
-    owners = _foreign_owners(name)
-    if owners and "site-packages" in found.parts:
-        return f"run: {sys.executable} -m pip uninstall {' '.join(owners)} (or install Trivet in another environment)"
-    folder = _folder(found).parent
-    if folder == Path.cwd():
-        return "rename it, stand elsewhere, or set PYTHONSAFEPATH=1"
-    return f"rename it, or take {folder} off PYTHONPATH"
-
-
-def _foreign_owners(name: str) -> list[str]:
-    """The other distributions that install a package of this name."""
+def foreign_owners(name: str) -> list[str]:
+    """Return the other distributions that install a package of this name."""
     return sorted({owner for owner in importlib.metadata.packages_distributions().get(name, ()) if owner != "trivet"})
+
+
+def _foreign(name: str) -> Foreign | None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return Foreign(name, f"Trivet's own package is missing in {HOME}", "install Trivet again")
+    found, owners = Path(spec.origin).resolve(), tuple(foreign_owners(name))
+    if found != HOME / name / "__init__.py":
+        first = found.parent if found.name == "__init__.py" else found
+        owners = owners if INSTALLED.intersection(found.parts) else ()
+        return Foreign(name, f"{first} comes before Trivet's own {HOME / name}", _mend(first, owners), owners, first)
+    if _was_overwritten(f"{name}/__init__.py"):
+        whose = " and ".join(owners) or "another package"
+        mend = f"uninstall {whose}, then install Trivet again, in an environment of its own"
+        return Foreign(name, f"files of {whose} lie in Trivet's {HOME / name}", mend, owners)
+    return None
+
+
+def _mend(first: Path, owners: tuple[str, ...]) -> str:
+    """What to do about what comes first: take its distributions away, or else keep its folder off the path."""
+    if owners:
+        return f"run: {sys.executable} -m pip uninstall {' '.join(owners)} (or install Trivet in another environment)"
+    if first.parent == Path.cwd():
+        return "rename it, stand elsewhere, or set PYTHONSAFEPATH=1"
+    return f"rename it, or take {first.parent} off PYTHONPATH"
 
 
 def _was_overwritten(file: str) -> bool:

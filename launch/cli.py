@@ -1,6 +1,7 @@
 """The `trivet` command line: what each command takes. What it does lies beside it, imported when it is called."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -35,22 +36,21 @@ def main() -> None:
     try:
         app()
     except BadInput as error:
-        _refuse(str(error))
+        _end(2, str(error))
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, str(error))
     except Exception as error:
         if message := missing_extra(error):
-            _refuse(message)
-        if not (message := explain(error)):
-            raise
-        print(f"error: {message}", file=sys.stderr)
+            _end(2, message)
+        if message := explain(error):
+            _end(1, message)
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         sys.exit(1)
 
 
-def _refuse(message: str) -> NoReturn:
+def _end(code: int, message: str) -> NoReturn:
     print(f"error: {redacted(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @app.command()
@@ -109,6 +109,7 @@ def export(
 ) -> None:
     """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
     refuse_wheel_clash()
+    politeness.check_hub_address()
     from launch.export import export
 
     with naming(onnx_dir):
@@ -249,6 +250,7 @@ def quickstart(
     if tiny and base is not None:
         raise BadInput(f"--base: {base} found beside --tiny, which takes no other model; leave one of them out")
     refuse_wheel_clash()
+    politeness.check_hub_address()
     from launch.quickstart import quickstart
 
     raise typer.Exit(quickstart(dir, tiny=tiny, base=base))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 from pydantic import BaseModel
@@ -32,6 +33,7 @@ _BOUNDS = {
     "minProperties": "(at least {})",
 }
 _ABOUT = {"title", "description", "default", "format", "additionalProperties"}
+CLOSE = 0.5  # least likeness, of 1, of a word and the key that was meant
 _SCALARS = {"integer": "int", "number": "float", "string": "text", "boolean": "true | false", "null": "null"}
 
 
@@ -96,7 +98,7 @@ def all_keys(kind: str) -> list[Key]:
 
 
 def select(name: str | None, kind: str) -> list[Key]:
-    """Return the keys named `name` or below it. Raises BadInput, naming the nearest key, where there is none."""
+    """Return the keys named `name` or below it. Raises BadInput, naming a close key, where there is none."""
     keys = all_keys(kind)
     shown = [key for key in keys if name is None or f"{key.name}.".startswith((f"{name}.", f"{name}="))]
     if shown or name is None:
@@ -105,17 +107,29 @@ def select(name: str | None, kind: str) -> list[Key]:
     if any(key.name == name for key in all_keys(other)):
         fix = "add --sweep" if other == "sweep" else "leave --sweep out"
         raise BadInput(f"config-docs: {name} is no key of a {kind} config, but of a {other} config: {fix}")
-    raise BadInput(f"config-docs: {name}: unknown key; did you mean {_nearest(name, keys)}? all: trivet config-docs")
+    near = _nearest(name, keys)
+    meant = f"did you mean {near}? " if near else ""
+    raise BadInput(f"config-docs: {name}: unknown key; {meant}all: trivet config-docs{' --sweep' * (kind == 'sweep')}")
 
 
-def _nearest(name: str, keys: list[Key]) -> str:
+def _nearest(name: str, keys: list[Key]) -> str | None:
+    """The key that was probably meant; None where none is close."""
     section, _, last = name.rpartition(".")
     names = [key.name for key in keys]
     same_end = [each for each in names if each.rpartition(".")[2] == last]
     siblings = [each.rpartition(".")[2] for each in names if section and each.startswith(f"{section}.")]
     if same_end:
         return config_file.nearest(name, same_end)
-    return f"{section}.{config_file.nearest(last, siblings)}" if siblings else config_file.nearest(name, names)
+    if siblings:
+        near = _close(last, siblings)
+        return f"{section}.{near}" if near else None
+    return _close(name, names)
+
+
+def _close(word: str, names: list[str]) -> str | None:
+    near = config_file.nearest(word, names)
+    are_initials = 1 < len(near) == len(word.split("_"))
+    return near if are_initials or SequenceMatcher(None, near, word).ratio() >= CLOSE else None
 
 
 # --- schema -> keys --------------------------------------------------------------------------------------------------

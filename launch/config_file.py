@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serving import directory
 from serving.directory import BadInput
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -39,6 +40,8 @@ def load(path: Path, overrides: list[str], model: type[Config]) -> Config:
     or range.
     """
     path = Path(path)
+    if path.is_file():
+        directory.refuse_newer(path)
     values = read_yaml(path)
     # A changed type empties its section first, so that the other type's keys do not linger.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".type")):

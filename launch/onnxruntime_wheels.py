@@ -30,10 +30,14 @@ def wheel_clash(installed: Mapping[str, str], *, gpu: bool) -> tuple[str, str] |
 
 def refuse_wheel_clash() -> None:
     """Raise BadInput, with the command that mends it, if more than one of the wheels is installed."""
-    gpu = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    if clash := wheel_clash(_installed(), gpu=gpu):
+    if clash := wheel_clash(_installed(), gpu=has_nvidia_driver()):
         found, fix = clash
         raise BadInput(f"onnxruntime: {found}; run: {fix}")
+
+
+def has_nvidia_driver() -> bool:
+    """Whether there is an NVIDIA driver, by the signs that the Makefile goes by; nothing is asked of it."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 def _installed() -> dict[str, str]:

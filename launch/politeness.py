@@ -5,6 +5,10 @@ torch, accelerate, PEFT, DeepSpeed, TensorBoard and FastAPI, which send nothing 
 """
 
 import os
+from urllib.parse import urlsplit
+
+from serving.directory import BadInput
+from trainer.redact import redacted
 
 MANNERS = {
     "DO_NOT_TRACK": "1",  # read by huggingface_hub, and by convention (https://donottrack.sh)
@@ -24,3 +28,15 @@ def apply() -> None:
     """Set what is not set yet, for this process and all that it starts. Call it before any heavy import."""
     for name, value in MANNERS.items():
         os.environ.setdefault(name, value)
+
+
+def check_hub_address() -> None:
+    """Raise BadInput for an HF_ENDPOINT with which huggingface_hub cannot even be imported. Call it before that."""
+    address = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(address).port
+    except ValueError:  # as where a / in the password ends the host
+        raise BadInput(
+            f"HF_ENDPOINT: {redacted(address)} found; accepted: http(s)://host or http(s)://host:port; "
+            f"in a user or password write / as %2F, @ as %40, ? as %3F and # as %23"
+        ) from None

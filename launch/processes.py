@@ -203,7 +203,7 @@ class Group:
         rank = int(lost[0].removeprefix("rank-"))
         by_kernel = process_marks.oom_kills() > self._oom_kills
         who = (
-            "by the kernel, for want of memory"
+            "probably by the kernel, for want of memory (it killed a process at that time)"
             if by_kernel
             else "from outside (kill -9), or the machine's memory ran out"
         )

@@ -14,6 +14,7 @@ from typing import Any
 from launch import config_file, disk_errors, politeness, processes
 from launch.config_file import ConfigError
 from launch.extras import missing_extra
+from serving import format_version
 from serving.directory import MANIFEST, BadInput
 from trainer.config import PretrainedModel, RunConfig
 from trainer.guards import RunFailed
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: RunConfig) -> int:
     """Train a validated config, making its base model first where that is missing; return the exit code."""
+    politeness.check_hub_address()
     if is_finished(config):
         _say(f"{config.run.folder}: already finished; change run.name to train again")
         return 0
@@ -63,7 +65,7 @@ def train(config: RunConfig) -> int:
     from trainer import loop, run_folder
 
     try:
-        return loop.train(config, config_file.to_yaml(config))
+        return loop.train(config, format_version.comment() + config_file.to_yaml(config))
     except BadInput:
         raise
     except BaseException as error:
@@ -82,6 +84,7 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
 
     Builds it in one process; that the batch can be shared by `nproc` is checked too.
     """
+    politeness.check_hub_address()
     finished = is_finished(config)
     model = config.model
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
@@ -110,20 +113,24 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run's folder holds this very run, done. Raises ConfigError if it holds a different one."""
-    from trainer.run_folder import read_status
+    """Whether the run's folder holds this very run, done.
+
+    Raises ConfigError if it holds a different one, and NewerFormat if a newer Trivet wrote there.
+    """
+    from trainer import run_folder
 
     saved = config.run.folder / "config.yaml"
     if not saved.exists():
         _refuse_foreign_files(config)
         return False
-    status = read_status(config.run.folder)  # first: a newer format may have other keys in its config
+    run_folder.refuse_newer(config.run.folder)  # first: a newer format may have other keys in its config
+    status = run_folder.read_status(config.run.folder)
     earlier = config_file.load(saved, [], RunConfig)
     different = config_file.differences(earlier, config)
     changed = {key: values for key, values in different.items() if not key.startswith(_FREE_ON_RESUME)}
     if changed:
         raise ConfigError(
-            f"run.name: {config.run.folder} holds a different run ({_show_differences(changed)}); "
+            f"run.name: {config.run.folder} holds a different run ({show_differences(changed)}); "
             f"choose another run.name, or remove that folder"
         )
     if status is None:
@@ -149,7 +156,7 @@ def _refuse_foreign_files(config: RunConfig) -> None:
         raise ConfigError(f"run.name: {folder} holds other files ({shown}) and no run; choose another run.name")
 
 
-def _show_differences(changed: dict[str, tuple[Any, Any]]) -> str:
+def show_differences(changed: dict[str, tuple[Any, Any]]) -> str:
     """Say the first few keys with what stands there and here, and name the others: one line."""
     shown = [f"{key} {_brief(there)} there, {_brief(here)} here" for key, (there, here) in changed.items()]
     others = list(changed)[_SHOWN_DIFFERENCES:]

@@ -39,7 +39,7 @@ def check_text(row: Row, where: str) -> None:
 def read_rows(path: Path, check: Callable[[Row, str], None] = check_prompt) -> list[Row]:
     """Return the rows of a JSONL file, each passed by `check`. Raises RowError naming the first bad line."""
     if path.suffix in (".csv", ".tsv", ".xlsx", ".parquet"):
-        raise RowError(f"--input: {path} is a table; expected JSONL, an object such as {{\"text\": ...}} on each line")
+        raise RowError(f'--input: {path} is a table; expected JSONL, an object such as {{"text": ...}} on each line')
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line separators as they are
     except (OSError, UnicodeDecodeError) as error:

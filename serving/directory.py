@@ -37,7 +37,7 @@ class DirectoryError(BadInput):
 
 
 class NewerFormat(DirectoryError):
-    """What a newer Trivet wrote in a format that this one does not know."""
+    """What is of a format that this Trivet does not know: of a newer one, or one that is no whole number."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -124,13 +124,11 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest = current(folder, written)
+        manifest = current(folder / MANIFEST, written)
     except FileNotFoundError:
         raise DirectoryError(f"{folder}: has no {MANIFEST}, so it is not a Trivet {kind} directory{fix}") from None
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{folder / MANIFEST}: cannot be read ({error}); make the directory again") from None
-    if not written.get("format_version"):
-        raise DirectoryError(f"{folder / MANIFEST}: no format_version; make the directory again")
     if manifest.get("kind") != kind:
         raise DirectoryError(f"{folder}: its {MANIFEST} says {manifest.get('kind')!r}; expected {kind!r}{fix}")
     return written if as_written else manifest
@@ -139,13 +137,23 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
 def current(path: Path, content: Any) -> dict[str, Any]:
     """Return the content of Trivet's JSON file at `path` in today's format, upgraded where it is older.
 
-    Raises NewerFormat where a newer Trivet wrote it, and ValueError where it is no object.
+    Raises NewerFormat where this Trivet does not know its format, and ValueError where it is no object or names none.
     """
     if not isinstance(content, dict):
         raise ValueError("no object")
-    if format_version.is_newer(content):
-        raise NewerFormat(f"{path}: {format_version.refusal(content)}")
+    if refusal := format_version.refusal(content):
+        raise NewerFormat(f"{path}: {refusal}")
     return format_version.upgraded(content)
+
+
+def refuse_newer(path: Path) -> None:
+    """Raise NewerFormat if the JSON file or saved config.yaml at `path` is of a format that this Trivet does not know.
+
+    To be called before it is replaced. One that is missing or broken says nothing.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        current(path, json.loads(text) if path.suffix == ".json" else format_version.of_comment(text))
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:

@@ -125,6 +125,10 @@ NEWER = [
     ("run/status.json", ["train", "make.yaml", "--dry-run"]),
     ("run/status.json", ["report", "run"]),
     ("run/result.json", ["report", "run"]),
+    ("run/result.json", ["train", "make.yaml"]),
+    ("run/result.json", ["train", "make.yaml", "run.steps=4"]),
+    ("run/result.json", ["train", "make.yaml", "--dry-run"]),
+    ("run/model/trivet.json", ["train", "make.yaml", "run.steps=4"]),
     ("run/checkpoints/step-00000002/trivet.json", ["train", "make.yaml", "run.steps=4"]),
     ("run/model/trivet.json", ["export", "run", "new-onnx"]),
     ("run/model/trivet.json", ["train", "make.yaml", *LORA_ON_IT]),
@@ -150,6 +154,73 @@ def test_what_a_newer_trivet_wrote_is_refused_with_the_version_that_reads_it(old
         "pip install 'trivet>=0.4.0'" in line
     )
     assert {path: path.read_bytes() for path in before} == before
+
+
+READERS = [
+    ("run/status.json", ["train", "make.yaml", "run.steps=4"]),
+    ("run/status.json", ["report", "run"]),
+    ("run/result.json", ["train", "make.yaml", "run.steps=4"]),
+    ("run/result.json", ["report", "run"]),
+    ("run/model/trivet.json", ["export", "run", "new-onnx"]),
+    ("run/checkpoints/step-00000002/trivet.json", ["train", "make.yaml", "run.steps=4"]),
+    ("onnx/trivet.json", ["verify", "onnx"]),
+    ("onnx/verification.json", ["verify", "onnx"]),
+]
+
+
+@pytest.mark.parametrize("version", ["3", "2", 3.0, 2.5, 2.0, [3], {}, -1, 0, True, False])
+def test_a_format_version_that_is_no_whole_number_from_1_on_is_refused(old, trivet, edit, version):
+    shown = json.dumps(version)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    for file, command in READERS:
+        path = Path(file)
+        edit(path, format_version=version)
+        changed = path.read_bytes()
+        code, out, err = trivet(*command)
+        assert (code, out, err.count("error:")) == (2, "", 1), (file, command, err)
+        line = err.splitlines()[-1]
+        assert f"{file}: format_version {shown} found; accepted: a whole number, 1 to 2; " in line
+        assert path.read_bytes() == changed
+        path.write_bytes(before[old / path])
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file() and path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "command", "expected"),
+    [
+        ("run/model/trivet.json", ["export", "run", "new-onnx"], "run/model/trivet.json: cannot be read (no format_v"),
+        ("onnx/trivet.json", ["verify", "onnx"], "onnx/trivet.json: cannot be read (no format_version)"),
+        ("onnx/verification.json", ["generate", "onnx", "--prompt", "x"], "cannot be read (no format_version); run: "),
+    ],
+)
+def test_a_file_without_a_format_is_broken_as_even_format_1_said_its_own(old, trivet, edit, file, command, expected):
+    edit(Path(file), format_version=None)
+    code, _, err = trivet(*command)
+    assert (code, expected in err) == (2, True), err
+
+
+def test_a_result_without_a_format_is_not_reported_as_one(old, trivet, edit):
+    edit(Path("run/result.json"), format_version=None)
+    assert trivet("report", "run")[0] == 0
+    assert "result.json cannot be read (no format_version)" in Path("run/report.html").read_text()
+
+
+def test_a_newer_run_without_a_status_is_refused_by_the_first_line_of_its_config(old, trivet):
+    """As after a kill between the two; its config may have keys that only the newer Trivet knows."""
+    Path("run/status.json").unlink()
+    saved = Path("run/config.yaml")
+    saved.write_text(f"# format_version 3, Trivet 0.4.0\n{saved.read_text()}brandnew: {{x: 1}}\n")
+    code, _, err = trivet("train", "make.yaml")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: run/config.yaml: format_version 3, written by Trivet 0.4.0; this is Trivet ")
+    assert "pip install 'trivet>=0.4.0'" in err
+
+
+def test_the_saved_config_says_its_format_and_who_wrote_it(old, trivet):
+    assert trivet("train", "make.yaml", "run.steps=4")[0] == 0
+    text = Path("run/config.yaml").read_text()
+    assert text.splitlines()[0] == f"# format_version {READABLE}, Trivet {TRIVET}"
+    assert trivet("train", "run/config.yaml")[0] == 0  # the line is no key
 
 
 def test_a_newer_sweep_is_refused(old, trivet, edit):

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from launch import politeness
+from trainer import loop, run_folder
+from trainer.redact import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "samples" / "format_1" / "sample.tar.xz"
@@ -190,6 +192,91 @@ def test_an_export_names_no_folder_of_the_machine_that_made_it(here, run):
 # --- no secret gets out ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("at http://user:secret@host:9/api, y", "at http://***@host:9/api, y"),
+        ("at http://user:p@secret@host:9.", "at http://***@host:9."),
+        ("'http://user:a/secret@host/x' and a@b", "'http://***@host/x' and a@b"),
+        ("git+https://secret@host/x?y", "git+https://***@host/x?***"),
+        ("needs http://host/x?token=secret, which", "needs http://host/x?***, which"),
+        ("url: /x?a=1&token=secret/api/models (Caused by", "url: /x?*** (Caused by"),
+        ("http://host/#access_token=secret", "http://host/#***"),
+        ("Really? See https://docs.x.org/a.html#b, a@b.org", "Really? See https://docs.x.org/a.html#b, a@b.org"),
+    ],
+)
+def test_an_address_is_shown_without_its_user_and_its_query(text, expected):
+    assert redacted(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "leaks"),
+    [
+        ("HF_TOKEN", CANARY, CANARY),
+        ("my_credentials", f"  {CANARY}\n", CANARY),
+        ("DB_PASSWORD", f"a'{CANARY}\\", repr(f"a'{CANARY}\\")[1:-1]),
+        ("SIGNING_KEY", f"-----\n{CANARY}\n-----", json.dumps(f"-----\n{CANARY}\n-----")),
+        ("ALL_PROXY", f"user:p%40{CANARY}@proxy:3128", f"p@{CANARY} p%40{CANARY}"),
+        ("PIP_INDEX_URL", f"https://user:a/{CANARY}@host/", f"port '{CANARY}'"),
+        ("HF_ENDPOINT", f"http://user:p@{CANARY}@host", f"no such host: {CANARY}"),
+        ("DATABASE_URL", f"https://host/x?mode=1&sslkey={CANARY}", f"sslkey is {CANARY}"),
+    ],
+    ids=map(str, range(8)),  # pytest puts them into the environment
+)
+def test_a_secret_of_the_environment_is_hidden_wherever_it_stands(monkeypatch, name, value, leaks):
+    assert CANARY in redacted(leaks)
+    monkeypatch.setenv(name, value)
+    assert CANARY not in redacted(f"told: {leaks}, so")
+
+
+def test_words_and_paths_are_no_secrets(monkeypatch):
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false", "PATH": "/usr/bin:/opt/node@18/bin", "EMAIL": "some.body@host.org",
+        "REPOSITORY": "https://host.org/some/path", "BRANCH": "git@host.org:some/path",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    text = "false: /opt/node, some.body, some/path, git: host.org"
+    assert redacted(text) == text
+
+
+def test_a_status_tells_no_password(tmp_path):
+    run_folder.write_status(tmp_path, "failed", code=1, step=0, reason=f"no http://user:{CANARY}@host/")
+    assert read_reason(tmp_path) == "no http://***@host/"
+
+
+def read_reason(folder: Path) -> str:
+    return json.loads((folder / "status.json").read_text())["reason"]
+
+
+def test_a_run_that_fails_with_a_secret_in_its_error_tells_it_nowhere(here, trivet, monkeypatch):
+    """The error is as a client of the hub or of a tracker words it: the address, and what it took for the host."""
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    text = f"no answer from http://user:p@{CANARY}@host/x?key={CANARY}, key {CANARY}"
+
+    def fail(*args: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(loop, "run_steps", fail)
+    code, out, err = trivet("train", "make.yaml", "run.name=new")
+    assert (code, read_reason(here / "new")) == (1, "RuntimeError('no answer from http://***@host/x?***, key ***')")
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "error: no answer from http://***@host/x?***, key ***"
+    assert CANARY not in out + err
+    assert files_with(CANARY, here) == []
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=["train", "dry run"])
+@pytest.mark.parametrize("userinfo", [f"user:{CANARY}/ABC", f"{CANARY}:p?w"], ids=["slash", "question mark"])
+def test_a_mirror_whose_address_is_broken_is_one_line_without_its_password(here, run, userinfo, extra):
+    """In a process of its own: with such an address the hub client cannot even be imported."""
+    code, said = run("train", "make.yaml", "run.name=new", *extra, env={"HF_ENDPOINT": f"http://{userinfo}@host"})
+    assert (code, said.count("\n")) == (2, 1), said
+    assert said.startswith("error: HF_ENDPOINT: http://***@host found; accepted: http(s)://host or http(s)://host:port")
+    assert CANARY not in said
+    assert not (here / "new").exists()
+
+
 @pytest.mark.slow
 def test_no_secret_of_the_environment_is_printed_or_written(here, run):
     said = []
@@ -212,13 +299,22 @@ def test_no_secret_of_the_environment_is_printed_or_written(here, run):
 LORA = ["model.type=pretrained", "tokenizer.type=pretrained", "strategy.type=lora"]
 
 
-@pytest.mark.parametrize("extra", [{}, PROXY], ids=["mirror", "proxy"])
+AT_HUB = {
+    "mirror": {},
+    "proxy": PROXY,
+    "at": {"HF_ENDPOINT": f"http://user:p@{CANARY}@127.0.0.1:9"},
+    "slash": {"HF_ENDPOINT": f"http://user:{CANARY}/ABC@127.0.0.1:9"},
+    "query": {"HF_ENDPOINT": f"http://127.0.0.1:9/x?token={CANARY}"},
+}
+
+
+@pytest.mark.parametrize("extra", AT_HUB.values(), ids=AT_HUB.keys())
 @pytest.mark.slow
 def test_a_run_that_fails_at_the_hub_tells_no_password(here, run, extra):
     code, said = run("train", "make.yaml", "run.name=new", *LORA, "model.path=no/such", env=SECRETS | extra)
     assert code == 2, said
     assert said.count("\n") == 1
-    assert "no/such" in said
+    assert "no/such" in said or "HF_ENDPOINT: " in said
     assert CANARY not in said
     assert files_with(CANARY, here.parent) == []
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,28 +53,49 @@ def save(
     Removes the older ones beyond `keep`, later ones (a run only goes back where they are damaged), and what a killed
     save left behind. `fingerprints` name what must be the same when the run goes on: see `load`.
     """
-    final = folder / f"{_PREFIX}{counters.step:08d}"
+    final = step_folder(folder, counters.step)
     partial = folder / f".{final.name}.partial"
-    if world.is_main:
-        for left_behind in folder.glob(f".{_PREFIX}*.partial"):
-            shutil.rmtree(left_behind)
-        partial.mkdir(parents=True)
-    world.barrier()
     held = shards.held_by_rank(world, model, optimizer)
-    _write_slices(partial, world, held)
-    world.barrier()
-    if world.is_main:
-        written_by = {"mode": world.mode, "zero_stage": world.zero_stage, "world_size": world.size}
-        tensors = _merge_indices(partial, world.size)
-        fields = {**asdict(counters), "fingerprints": fingerprints, "written_by": written_by, "tensors": tensors}
-        directory.seal(partial, "checkpoint", **fields, digest=_digest(fields))
-        directory.publish(partial, final)
-        others = [path for path in _steps(folder) if path != final]
-        later = [path for path in others if path.name > final.name]
-        for path in later + others[len(later) + keep - 1 :]:
-            shutil.rmtree(path)
-    world.barrier()
+
+    def prepare() -> None:
+        if world.is_main:
+            for left_behind in folder.glob(f".{_PREFIX}*.partial"):
+                shutil.rmtree(left_behind)
+            partial.mkdir(parents=True)
+
+    def publish() -> None:
+        if world.is_main:
+            written_by = {"mode": world.mode, "zero_stage": world.zero_stage, "world_size": world.size}
+            tensors = _merge_indices(partial, world.size)
+            fields = {**asdict(counters), "fingerprints": fingerprints, "written_by": written_by, "tensors": tensors}
+            directory.seal(partial, "checkpoint", **fields, digest=_digest(fields))
+            directory.publish(partial, final)
+            others = [path for path in _steps(folder) if path != final]
+            later = [path for path in others if path.name > final.name]
+            for path in later + others[len(later) + keep - 1 :]:
+                shutil.rmtree(path)
+
+    for part in (prepare, lambda: _write_slices(partial, world, held), publish):
+        _do_together(world, part, partial)
     return final
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` lies."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def _do_together(world: World, work: Callable[[], None], partial: Path) -> None:
+    """Do `work` on all ranks and wait for each; where it fails on one, remove `partial` and raise on all of them."""
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as its_own:
+        error = its_own
+    if world.any(error is not None):
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise error or OSError("another rank could not write its part")
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,12 +1,13 @@
 """Rows in memory -> the batches of a step, for this rank, as `order` says."""
 
 import heapq
+from collections.abc import Iterator
 
 from serving.directory import BadInput
 from trainer import order
 from trainer.config import RunConfig
 from trainer.objectives import Objective
-from trainer.packing import Batch, Row
+from trainer.packing import IGNORED, Batch, Row
 
 
 class Feed:
@@ -30,12 +31,12 @@ class Feed:
         self.micro_rows = micro_rows(config, world_size)
         self.accumulation = self.rows_per_step // (self.micro_rows * world_size)
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """Return this rank's batches of 0-based `step`, in the order they are run."""
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Yield this rank's batches of 0-based `step`, in the order they are run, each made when it is asked for."""
         parts = order.rows_of_rank(
             self.rows_at(step), rank=self.rank, world_size=self.world_size, micro_rows=self.micro_rows
         )
-        return [self._collate([self.train[i] for i in part]) for part in parts]
+        yield from (self._collate([self.train[i] for i in part]) for part in parts)
 
     def rows_at(self, step: int) -> list[int]:
         """Return the row indices of the global batch at `step`."""
@@ -44,6 +45,10 @@ class Feed:
     def tokens_at(self, step: int) -> int:
         """Return the number of real tokens, over all ranks, that `step` reads."""
         return sum(num_tokens(self.train[i]) for i in self.rows_at(step))
+
+    def targets_at(self, step: int) -> int:
+        """Return the number of targets that carry loss, over all ranks, in `step`."""
+        return sum(num_targets(self.train[i]) for i in self.rows_at(step))
 
     def longest(self, num_rows: int | None = None) -> Batch:
         """Return the micro-batch that needs the most memory, or only its first `num_rows`: the longest rows.
@@ -78,3 +83,8 @@ def micro_rows(config: RunConfig, world_size: int) -> int:
 def num_tokens(row: Row) -> int:
     """Return the number of real tokens in a row."""
     return sum(len(example.input_ids) for example in row)
+
+
+def num_targets(row: Row) -> int:
+    """Return the number of targets in a row that carry loss."""
+    return sum(int((example.targets != IGNORED).sum()) for example in row)

@@ -1,5 +1,6 @@
 """How a run ends early: on a signal, agreed on by all ranks at a step boundary, or because it cannot go on."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from serving.directory import BadInput
+from trainer import run_folder
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -20,16 +22,24 @@ class RunFailed(Exception):
         self.step = step
 
 
+def failed(folder: Path, message: str) -> RunFailed:
+    """Return the error of a run that failed between two checkpoints; it says where the run in `folder` goes on."""
+    saved = (run_folder.read_status(folder) or {}).get("step", 0)
+    return RunFailed(f"{message}; started again, the run goes on from step {saved}", step=saved)
+
+
 @contextmanager
-def writing(what: str, *, step: int) -> Iterator[None]:
-    """Raise RunFailed, saying `what` could not be written, where the block finds the disk full, gone or read-only."""
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Raise RunFailed, saying `what` could not be written, where the block finds the disk full, gone or read-only.
+
+    `folder` is that of the run.
+    """
     try:
         yield
     except Exception as error:
         if not _is_about_a_disk(error):
             raise
-        message = f"{what} cannot be written ({error}); mend that and start the run again: it goes on where it can"
-        raise RunFailed(message, step=step) from None
+        raise failed(folder, f"{what} cannot be written ({error}); mend that") from None
 
 
 @contextmanager
@@ -38,13 +48,17 @@ def starting(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _is_about_a_disk(error):
+            raise
         message = f"run.dir: {folder} cannot be written ({error.strerror}); free some space or choose another run.dir"
         raise BadInput(message) from None
 
 
 def _is_about_a_disk(error: Exception) -> bool:
-    # By its name: this file is loaded by every command, and safetensors is not to be.
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+    # Safetensors' error by its name: this file is loaded by every command, and that package is not to be.
+    is_of_a_file = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+    is_of_memory = getattr(error, "errno", None) == errno.ENOMEM or os.strerror(errno.ENOMEM) in str(error)
+    return is_of_a_file and not is_of_memory
 
 
 class StopRequest:

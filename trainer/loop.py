@@ -4,24 +4,21 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 
 from serving import directory
-from trainer import checkpoint, distributed, model_dir, order, out_of_memory, run_folder, tracking
+from trainer import checkpoint, disk_space, distributed, order, out_of_memory, run_folder, tracking
 from trainer.build import Parts, build
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
-from trainer.distributed import NotFinite, World
+from trainer.distributed import NotFinite
 from trainer.evaluate import evaluate, to_device
-from trainer.guards import RunFailed, StopRequest, starting, writing
+from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
 from trainer.plan import Plan, make_plan
-from trainer.strategies import count_parameters
-
-STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
+from trainer.progress import finish, leave, save, save_before_model
 
 
 def train(config: RunConfig, config_yaml: str) -> int:
@@ -35,32 +32,37 @@ def train(config: RunConfig, config_yaml: str) -> int:
             parts = build(config)
         is_main, device = parts.world.is_main, parts.world.accelerator.device
         plan = check_memory(config, parts, world_size=parts.world.size)
+        if is_main:
+            check_disk(config, parts)
         with out_of_memory.explained(plan, config, device):
             rehearse(parts)
         with run_folder.claimed(folder) if is_main else nullcontext():
-            done = resume(config, parts)
-            log = start(config, config_yaml, parts, done) if is_main else None
-            with log or nullcontext(), out_of_memory.explained(plan, config, device, failure=partial(failed, config)):
+            with out_of_memory.explained(plan, config, device):
+                done = resume(config, parts)
+                log = start(config, config_yaml, parts, done) if is_main else None
+            with log or nullcontext(), out_of_memory.explained(plan, config, device, failure=partial(failed, folder)):
                 return run_steps(config, parts, done, stop, log)
 
 
 def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
     """Take the steps that are left and write the results; return the exit code."""
     world, model, optimizer, feed = parts.world, parts.model, parts.optimizer, parts.feed
-    started = time.perf_counter() - done.elapsed_s
+    started, saved_step = time.perf_counter() - done.elapsed_s, done.step
     if world.any(bool(stop.signal_name)):  # while the run was being built
         return leave(config, world, done, stop, log)
     if done.step == 0:
         evaluate_and_log(parts, log, 0, started)
     for step in range(done.step, config.run.steps):
-        step_started = time.perf_counter()
-        batches = [to_device(world, batch) for batch in feed.micro_batches(step)]
-        data_wait_s = time.perf_counter() - step_started
+        step_started, data_wait_s = time.perf_counter(), 0.0
         # Ranks hold different numbers of targets, so divide by the global count: a mean of means is biased.
-        [count] = world.sum([sum(parts.objective.count(batch) for batch in batches)])
+        count = feed.targets_at(step)
         loss_sum = torch.zeros((), device=world.accelerator.device)
-        for i, batch in enumerate(batches):
-            is_last = i == len(batches) - 1
+        batches = feed.micro_batches(step)
+        for i in range(feed.accumulation):
+            asked = time.perf_counter()
+            batch = to_device(world, next(batches))
+            data_wait_s += time.perf_counter() - asked
+            is_last = i == feed.accumulation - 1
             torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
             with distributed.accumulating(world, model, is_last=is_last):
                 with world.accelerator.autocast():
@@ -96,9 +98,13 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
             evaluate_and_log(parts, log, done.step, started)
         if stops or is_due(done.step, config.checkpoint.every):
             save(config, parts, done)
+            saved_step = done.step
         if stops and done.step < config.run.steps:
             return leave(config, world, done, stop, log)
-    finish(config, parts, done, evaluate_and_log(parts, log, done.step, started))
+    metrics = evaluate_and_log(parts, log, done.step, started)
+    if saved_step < done.step:
+        save_before_model(config, parts, done)
+    finish(config, parts, done, metrics)
     return 0
 
 
@@ -123,13 +129,18 @@ def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | 
     if parts.world.mode == "deepspeed":
         return None  # its engine divides gradients and moments among the ranks
     model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
-    plan = make_plan(
-        model, parts.objective, parts.feed.longest(1), config, world_size=world_size, autocast=accelerator.autocast
-    )
-    warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device)
+    row = to_device(parts.world, parts.feed.longest(1))
+    plan = make_plan(model, parts.objective, row, config, world_size=world_size, autocast=accelerator.autocast)
+    warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device, world_size=world_size)
     if warning and parts.world.is_main:
         Terminal.say_once(warning)
     return plan
+
+
+def check_disk(config: RunConfig, parts: Parts) -> None:
+    """Say so where the disk may have no room for what the run will write. Raises BadInput where the model has none."""
+    if warning := disk_space.check(config, parts.world.accelerator.unwrap_model(parts.model)):
+        Terminal.say_once(warning)
 
 
 def rehearse(parts: Parts) -> None:
@@ -144,26 +155,28 @@ def rehearse(parts: Parts) -> None:
 
 
 def start(config: RunConfig, config_yaml: str, parts: Parts, done: Counters) -> RunLog:
-    """Write that the run is running and return its log. Raises BadInput where nothing can be written."""
+    """Write that the run is running and return its log.
+
+    Raises BadInput where nothing can be written, or a tracker cannot start. Trackers come last, and are ended where
+    something fails after them; what they leave in the folder then lies beside a config that says whose it is.
+    """
     folder = config.run.folder
-    trackers = tracking.open_trackers(config, parts.samples(config.log.sample_text))
     with starting(folder):
         directory.write_text(folder / "config.yaml", config_yaml)
         run_folder.write_status(folder, "running", code=None, step=done.step)
-        return RunLog(
-            folder,
-            start_step=done.step,
-            total_steps=config.run.steps,
-            every=config.log.every,
-            tensorboard=config.log.tensorboard,
-            trackers=trackers,
-        )
-
-
-def failed(config: RunConfig, message: str) -> RunFailed:
-    """Return the error of a run that failed between two checkpoints."""
-    saved = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
-    return RunFailed(f"{message}; started again, the run goes on from step {saved}", step=saved)
+        try:
+            with tracking.opened(config, parts.samples(config.log.sample_text)) as trackers:
+                return RunLog(
+                    folder,
+                    start_step=done.step,
+                    total_steps=config.run.steps,
+                    every=config.log.every,
+                    tensorboard=config.log.tensorboard,
+                    trackers=trackers,
+                )
+        except Exception as error:
+            run_folder.write_status(folder, "failed", code=2, step=done.step, reason=str(error))
+            raise
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -180,72 +193,3 @@ def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float
     if log is not None:
         log.evaluation(step, metrics, time.perf_counter() - started)
     return metrics
-
-
-def save(config: RunConfig, parts: Parts, done: Counters) -> None:
-    """Write a checkpoint on all ranks, and that the run has come this far."""
-    folder = config.run.folder / "checkpoints"
-    with writing(f"{folder}: the checkpoint of step {done.step}", step=done.step):
-        checkpoint.save(
-            folder, parts.world, parts.model, parts.optimizer, done,
-            keep=config.checkpoint.keep, fingerprints=parts.fingerprints,
-        )  # fmt: skip
-        status(config, parts.world, "running", None, done.step)
-
-
-def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
-    """Say that the run stopped where everything is saved; return the exit code."""
-    reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
-    status(config, world, "stopped", STOPPED, done.step, reason)
-    if log is not None:
-        log.say(f"stopped at step {done.step}; start it again to go on")
-    return STOPPED
-
-
-def status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:
-    if world.is_main:
-        with writing(f"{config.run.folder / 'status.json'}", step=step):
-            run_folder.write_status(config.run.folder, state, code=code, step=step, reason=reason)
-
-
-def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float]) -> None:
-    """Write the model directory and result.json, then the status that says so."""
-    world, folder = parts.world, config.run.folder
-    if world.is_main:
-        model = world.accelerator.unwrap_model(parts.model)
-        learning, total = count_parameters(model)
-        with writing(f"{folder / 'model'}: the model", step=done.step):
-            model_dir.save_model(
-                folder / "model", model, parts.tokenizer, config,
-                labels=parts.objective.labels, step=done.step, metrics=metrics,
-            )  # fmt: skip
-        score_name, score_mode = parts.objective.score
-        with writing(f"{folder / 'result.json'}", step=done.step):
-            run_folder.write_result(
-                folder,
-                objective=config.objective.type,
-                strategy=config.strategy.type,
-                steps=done.step,
-                score=metrics[score_name],
-                score_name=score_name,
-                score_mode=score_mode,
-                metrics=metrics,
-                initial_metrics=_initial_metrics(config),
-                baseline=parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
-                trainable_parameters=learning,
-                total_parameters=total,
-                tokens=done.total_tokens,
-                seconds=done.elapsed_s,
-                tokens_per_s=done.total_tokens / max(done.elapsed_s, 1e-9),
-                peak_memory_bytes=peak_memory_bytes(),
-                data_fingerprint=parts.splits.fingerprint,
-                world_size=world.size,
-            )
-    world.barrier()
-    status(config, world, "done", 0, done.step)
-
-
-def _initial_metrics(config: RunConfig) -> dict[str, Any]:
-    entries = run_folder.read_metrics(config.run.folder / "metrics.jsonl")
-    first = next((entry for entry in entries if entry["kind"] == "eval" and entry["step"] == 0), {})
-    return {name: value for name, value in first.items() if name not in ("kind", "step", "elapsed_s")}

@@ -74,7 +74,7 @@ class RunLog:
         self._terminal.say(text)
 
     def _write(self, kind: str, step: int, fields: dict[str, Any]) -> None:
-        with writing(f"{self.path}: step {step}", step=step):
+        with writing(f"{self.path}: step {step}", self.path.parent):
             self._file.write(json.dumps({"kind": kind, "step": step, **fields}, allow_nan=False) + "\n")
             self._file.flush()
             if self._writer is not None:

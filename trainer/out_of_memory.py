@@ -1,5 +1,6 @@
 """Out of memory, before it happens and when it does: what is needed, what there is, which settings to lower."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,26 +10,33 @@ import torch
 from serving.directory import BadInput
 from trainer.config import NewModel, RunConfig
 from trainer.free_memory import free_bytes
+from trainer.guards import RunFailed
 from trainer.plan import Plan, advice
 
 # The plan leaves out the allocator's slack (see trainer/plan.py), so its advice keeps away from the edge.
 _SAFE_SHARE = 0.7
+_ALLOCATORS_SAY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    os.strerror(errno.ENOMEM),
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 class OutOfMemory(BadInput):
     """A run that does not fit into memory; the message says what it needs, what there is and what to lower."""
 
 
-def refuse_what_cannot_fit(plan: Plan, config: RunConfig, device: torch.device) -> str:
+def refuse_what_cannot_fit(plan: Plan, config: RunConfig, device: torch.device, *, world_size: int) -> str:
     """Raise OutOfMemory if the certain parts of a plan do not fit; return a warning if the estimate does not.
 
     On a CPU nobody else says so: Linux lets a process allocate what is not there, and kills it when it is used.
     """
-    free = free_bytes(device)
+    free = free_bytes(device, world_size=world_size)
     if free is None:
         return ""
-    if device.type == "cpu":
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
     if plan.certain_bytes - plan.weights_bytes > free:  # the weights are there already
         raise OutOfMemory(_describe(plan, config, free))
     if plan.total_bytes - plan.weights_bytes > free:
@@ -44,7 +52,7 @@ def explained(
     free = free_bytes(device)
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         message = _without_a_plan(error, config) if plan is None else _describe(plan, config, free)
@@ -56,7 +64,7 @@ def while_building(config: RunConfig) -> Iterator[None]:
     """Raise OutOfMemory where the block, which reads the data and builds the model, runs out of memory."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         sizes = "model.hidden_size, model.num_layers or tokenizer.vocab_size"
@@ -66,13 +74,12 @@ def while_building(config: RunConfig) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of Python, numpy, torch on a CPU or on a GPU, has nothing left to give."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "DefaultCPUAllocator: can't allocate memory" in text
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
+    """Whether an allocator, of Python, numpy, torch, the system or a GPU's library, has nothing left to give."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, BadInput | RunFailed):  # whatever they quote, they say what to do
+        return False
+    return getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in _ALLOCATORS_SAY)
 
 
 def _describe(plan: Plan, config: RunConfig, free: int | None) -> str:
@@ -104,5 +111,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def in_words(size_bytes: int) -> str:
-    """Return a size as a person says it: 1.5 GiB, 20 MiB."""
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+    """Return a size as a person says it: 1.5 GiB, 20 MiB, 3 KiB."""
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:.1f} GiB"
+    return f"{size_bytes / 2**20:.0f} MiB" if size_bytes >= 2**20 else f"{size_bytes / 2**10:.0f} KiB"

@@ -60,8 +60,8 @@ class Plan:
 
     @property
     def batch_bytes(self) -> int:
-        """The tensors of one optimizer step: all its micro-batches are made before the first one runs."""
-        return int(self.rows * (self.batch_token_bytes * self.length + self.batch_pair_bytes * self.length**2))
+        """The tensors of one forward pass: those of the next are made when it is done."""
+        return int(self.micro_rows * (self.batch_token_bytes * self.length + self.batch_pair_bytes * self.length**2))
 
     @property
     def certain_bytes(self) -> int:
@@ -131,7 +131,7 @@ def advice(plan: Plan, config: RunConfig, limit_bytes: int) -> str:
     if config.strategy.type == "full":
         return " ".join([*settings, "strategy.type=lora"]) + ", or a smaller model"
     sizes = " (model.hidden_size, model.num_layers, tokenizer.vocab_size)" if config.model.type == "new" else ""
-    return " ".join([*settings, f"a smaller model{sizes}"])
+    return " and ".join([*settings, f"a smaller model{sizes}"])
 
 
 def _divisors(number: int) -> list[int]:

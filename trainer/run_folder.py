@@ -54,7 +54,7 @@ def write_status(folder: Path, state: str, *, code: int | None, step: int, reaso
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return status.json, or None where there is none that can be read, with a state and a step.
 
-    It says the format of the whole run folder: raises NewerFormat where a newer Trivet wrote it.
+    Raises NewerFormat where this Trivet does not know its format.
     """
     path = folder / "status.json"
     try:
@@ -63,6 +63,12 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(status.get("state"), str) and isinstance(status.get("step"), int)
     return status if whole else None
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raise NewerFormat if a file of the run or sweep folder, which would be replaced, is of a format unknown here."""
+    for name in ("config.yaml", "status.json", "result.json", f"model/{directory.MANIFEST}"):
+        directory.refuse_newer(folder / name)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ Switched off: what they would gather by themselves (host, command, git remote, p
 run of a tracker a run folder goes on with stands in its trackers.json.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from serving import directory
@@ -44,27 +46,41 @@ def check(log: Log) -> None:
             raise BadInput(f"log.trackers: {name} is not installed; run: pip install 'trivet[track]', or leave it out")
 
 
-def open_trackers(config: RunConfig, samples: list[str]) -> list[Tracker]:
-    """Start the run, or go on with it, in every tracker of the config. Raises BadInput where one cannot start.
+@contextlib.contextmanager
+def opened(config: RunConfig, samples: list[str]) -> Iterator[list[Tracker]]:
+    """Start the run, or go on with it, in every tracker of the config; if the block raises, they are ended as failed.
 
-    `samples` are sent when the run is new there.
+    `samples` are sent where the run is new. Raises BadInput where a tracker cannot start.
     """
     path = config.run.folder / "trackers.json"
-    known = directory.current(path, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    trackers: list[Tracker] = []
-    for name in dict.fromkeys(config.log.trackers):
-        try:
-            tracker = TRACKERS[name](config, known.get(name))
-            trackers.append(tracker)
-            if name not in known and samples:
-                tracker.text(samples)
-        except Exception as error:  # each client has its own kinds
-            for started in trackers:
-                started.close(failed=True)
-            reason = redacted(f"{type(error).__name__}: {error}".splitlines()[0])[:160]
-            raise BadInput(f"log.trackers: {name} cannot start ({reason}); {_FIX[name]}, or leave it out") from None
-        directory.write_json(path, known := {**directory.stamp(), **known, name: tracker.id})
-    return trackers
+    known, trackers = _known(path), list[Tracker]()
+    try:
+        for name in dict.fromkeys(config.log.trackers):
+            try:
+                trackers.append(TRACKERS[name](config, known.get(name)))
+                if name not in known and samples:
+                    trackers[-1].text(samples)
+            except Exception as error:  # each client has its own kinds
+                reason = redacted(f"{type(error).__name__}: {error}".splitlines()[0])[:160]
+                raise BadInput(f"log.trackers: {name} cannot start ({reason}); {_FIX[name]}, or leave it out") from None
+            known = {**directory.stamp(), **known, name: trackers[-1].id}
+            directory.write_json(path, known)
+        yield trackers
+    except BaseException:
+        for tracker in trackers:
+            with contextlib.suppress(Exception):
+                tracker.close(failed=True)
+        raise
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What trackers.json says, or nothing where there is none. Raises BadInput where it cannot be read."""
+    try:
+        return directory.current(path, json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); remove it to start a new run in every tracker") from None
 
 
 class Wandb:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from launch.doctor import accelerators, apart, files, known_bad, machine, network, packages, ray_state
+from launch.doctor import accelerators, apart, files, known_bad, machine, network, packages, ray_state, requirements
 from launch.doctor.clashes import shadows, wheel_clash
 from launch.doctor.findings import Finding, without_secrets
 from launch.doctor.packages import installed_versions
@@ -26,6 +26,7 @@ LIMIT_S = 15.0  # for a check in this process
 TORCH_LIMIT_S, ONNXRUNTIME_LIMIT_S = 90.0, 45.0  # the first import after starting a machine may take a minute
 
 Check = Callable[[], Iterable[Finding]]
+NOT_READ: tuple[dict[str, str], list[str] | None] = ({}, None)  # of what is installed: nothing is known
 
 
 def doctor(json_output: bool = False) -> int:
@@ -56,41 +57,44 @@ def report(findings: list[Finding]) -> dict[str, Any]:
 
 def examine() -> list[Finding]:
     """Return every finding, by area and without secrets. A check that breaks or hangs is a problem, not a crash."""
-    installed = installed_versions()
     return [
         without_secrets(dataclasses.replace(finding, area=area))
-        for area, checks, limit_s in _areas(installed, accelerators.nvidia_gpus())
+        for area, checks, limit_s in _areas()
         for check in checks
         for finding in apart.bounded(check, limit_s)
     ]
 
 
-def _areas(installed: dict[str, str], gpus: list[str]) -> list[tuple[str, list[Check], float]]:
+def _areas() -> list[tuple[str, list[Check], float]]:
     """What is asked, in the order of the table: area, checks, limit for each."""
+    gpus, no_driver = apart.asked(accelerators.nvidia_gpus, list[str](), LIMIT_S, accelerators.HANGING_DRIVER)
+    (installed, own), unread = apart.asked(packages.installed_and_own, NOT_READ, LIMIT_S)
+    disk_checks, no_folder = apart.asked(_disk_checks, list[Check](), LIMIT_S)
     ask = functools.partial
     training: list[Check] = [ask(apart.in_child, "launch.doctor.kernels", "training", TORCH_LIMIT_S, gpus=gpus)]
     serving: list[Check] = [ask(apart.in_child, "launch.doctor.providers", "serving", ONNXRUNTIME_LIMIT_S, gpus=gpus)]
+    driver: Check = ask(accelerators.driver, gpus, no_driver)
     has_onnxruntime = any(name in installed for name in ONNXRUNTIME_WHEELS)
     areas: list[tuple[str, list[Check], float]] = [
-        ("machine", [machine.machine, ask(accelerators.driver, gpus), machine.memory, machine.shared_memory], LIMIT_S),
-        ("packages", _package_checks(installed, gpus), LIMIT_S),
+        ("machine", [machine.machine, driver, machine.memory, machine.shared_memory], LIMIT_S),
+        ("packages", [lambda: unread] if unread else _package_checks(installed, own, gpus), LIMIT_S),
         ("training", training if "torch" in installed else [], TORCH_LIMIT_S + LIMIT_S),
         ("serving", serving if has_onnxruntime else [], ONNXRUNTIME_LIMIT_S + LIMIT_S),
-        ("disk", _disk_checks(), LIMIT_S),
+        ("disk", [lambda: no_folder] if no_folder else disk_checks, LIMIT_S),
         ("network", [network.host_name, network.loopback, network.hub, network.proxies], LIMIT_S),
         ("ray", [ray_state.ray_state] if "ray" in installed else [], LIMIT_S),
     ]
     return areas
 
 
-def _package_checks(installed: dict[str, str], gpus: list[str]) -> list[Check]:
-    ask, requirements = functools.partial, packages.own_requirements(installed)
+def _package_checks(installed: dict[str, str], own: list[str] | None, gpus: list[str]) -> list[Check]:
+    ask = functools.partial
     return [
-        ask(packages.extras, installed, requirements, gpu=bool(gpus)),
+        ask(packages.extras, installed, own, gpu=bool(gpus)),
         ask(wheel_clash, installed, gpu=bool(gpus)),
         shadows,
         ask(known_bad.known_bad_pairs, installed),
-        ask(known_bad.broken_requirements, installed, requirements),
+        ask(requirements.broken_requirements, installed, own),
     ]
 
 

@@ -9,21 +9,27 @@ from launch.doctor.findings import Finding
 # CUDA major version -> oldest driver that runs it, from
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+DRIVER_LIMIT_S = 10.0
+HANGING_DRIVER = "nvidia-smi  # if it hangs, start this machine again"
 
 
 def nvidia_gpus() -> list[str]:
-    """Return one line for each GPU of the NVIDIA driver: name, memory, driver version. Empty without a driver."""
+    """Return one line for each GPU of the NVIDIA driver: name, memory, driver version. Empty without a driver.
+
+    Raises TimeoutExpired where the driver hangs.
+    """
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=DRIVER_LIMIT_S)
+    except OSError:
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
-def driver(gpus: list[str]) -> list[Finding]:
-    """The GPUs that the driver reports."""
-    return [Finding("NVIDIA driver", "; ".join(gpus) if gpus else "no GPU found", "ok" if gpus else "note")]
+def driver(gpus: list[str], unanswered: list[Finding]) -> list[Finding]:
+    """The GPUs that the driver reports, or what was found when it did not answer."""
+    found = Finding("NVIDIA driver", "; ".join(gpus) if gpus else "no GPU found", "ok" if gpus else "note")
+    return unanswered or [found]
 
 
 def driver_too_old(cuda: str | None, gpus: list[str]) -> int | None:
@@ -46,7 +52,9 @@ def torch_devices(gpus: list[str]) -> list[Finding]:
         threads = torch.get_num_threads()
         return [Finding(subject, f"{found}; threads: {threads}", value=threads, unit="threads")]
     if cuda is None:
-        return [Finding(subject, f"{found}: a CPU build that cannot use the GPU", "problem", repair.reinstall())]
+        return [
+            Finding(subject, f"{found}: a CPU build that cannot use the GPU", "problem", repair.reinstall(cuda=True))
+        ]
     if needed := driver_too_old(cuda, gpus):
         found = f"{found}: its CUDA {cuda} needs NVIDIA driver {needed} or newer"
         return [Finding(subject, found, "problem", repair.driver(needed))]

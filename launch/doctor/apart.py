@@ -1,6 +1,7 @@
 """Run a check so that it cannot take the doctor with it: with a time-out, and native code in a process of its own."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -9,25 +10,44 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.doctor import repair
 from launch.doctor.findings import Finding, collect, name_of
 
+T = TypeVar("T")
 
-def bounded(check: Callable[[], Iterable[Finding]], limit_s: float) -> list[Finding]:
+
+def bounded(check: Callable[[], Iterable[Finding]], limit_s: float, fix: str = "") -> list[Finding]:
     """Return the findings of a check that may hang (a dead network drive, a name server that does not answer).
 
     After `limit_s` the check is left behind in its thread and reported; the thread does not keep the process alive.
     """
     findings: list[Finding] = []
-    thread = threading.Thread(target=lambda: findings.extend(collect([check], repair.reinstall())), daemon=True)
+
+    def look() -> None:
+        findings.extend(collect([check], fix or repair.reinstall()))  # that reads metadata, which may hang too
+
+    thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(limit_s)
     if thread.is_alive():
         hang = f"no answer within {limit_s:g} s: a drive or a service hangs"
-        return [Finding(name_of(check), hang, "problem", "mount; df -h  # which of them is it?")]
+        return [Finding(name_of(check), hang, "problem", fix or "mount; df -h  # which of them is it?")]
     return findings
+
+
+def asked(question: Callable[[], T], otherwise: T, limit_s: float, fix: str = "") -> tuple[T, list[Finding]]:
+    """Return the answer and no finding; of a question that breaks or hangs, `otherwise` and the finding about it."""
+    answers: list[T] = []
+
+    @functools.wraps(question)
+    def check() -> list[Finding]:
+        answers.append(question())
+        return []
+
+    findings = bounded(check, limit_s, fix)
+    return (otherwise, findings) if findings else (answers[0], [])
 
 
 def in_child(module: str, function: str, limit_s: float, **arguments: Any) -> list[Finding]:

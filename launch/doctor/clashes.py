@@ -1,15 +1,11 @@
 """Distributions that own the same folder, where Python takes whichever comes first. Standard library only."""
 
-import importlib.metadata
-import importlib.util
 import shlex
-from pathlib import Path
 
+import trivet
 from launch import onnxruntime_wheels
 from launch.doctor import repair
 from launch.doctor.findings import Finding
-
-OURS = ("trainer", "serving", "launch")
 
 
 def wheel_clash(installed: dict[str, str], *, gpu: bool = False) -> list[Finding]:
@@ -21,19 +17,28 @@ def wheel_clash(installed: dict[str, str], *, gpu: bool = False) -> list[Finding
 
 
 def shadows() -> list[Finding]:
-    """Another distribution that installs a package named as one of ours, or another folder that is imported first."""
-    findings = []
-    owners = importlib.metadata.packages_distributions()
-    for name in OURS:
-        foreign = sorted({owner for owner in owners.get(name, ()) if owner != "trivet"})
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if foreign:
-            fix = repair.pip("uninstall", *foreign)
-            findings.append(Finding(name, f"also installed by {', '.join(foreign)}", "problem", fix))
-        elif origin is None:
-            findings.append(Finding(name, f"missing in {repair.HOME}", "problem", repair.reinstall()))
-        elif origin != repair.HOME / name:
-            fix = f"mv {shlex.quote(str(origin))} {shlex.quote(f'{origin}_other')}  # or leave that folder"
-            findings.append(Finding(name, f"imported from {origin}, not from {repair.HOME}", "problem", fix))
+    """A package of ours that is another's, as `trivet` itself sees it; or that another distribution installs too."""
+    foreign = {each.name: each for each in trivet.foreign_packages()}
+    findings = [Finding(name, each.found, "problem", _mend(each)) for name, each in foreign.items()]
+    for name in trivet.PACKAGES:
+        if name not in foreign and (owners := trivet.foreign_owners(name)):
+            fix = _without(*owners)
+            findings.append(Finding(name, f"also installed by {', '.join(owners)}", "problem", fix))
     return findings
+
+
+def _mend(foreign: trivet.Foreign) -> str:
+    if foreign.owners and foreign.first:  # ours lies elsewhere, whole
+        return repair.pip("uninstall", "-y", *foreign.owners)
+    if foreign.owners:
+        return _without(*foreign.owners)
+    if foreign.first:
+        aside = foreign.first.with_name(f"{foreign.first.stem}_other{foreign.first.suffix}")
+        return f"mv {shlex.quote(str(foreign.first))} {shlex.quote(str(aside))}  # or leave that folder"
+    return repair.own_files()
+
+
+def _without(*owners: str) -> str:
+    """Take other distributions away; where their files lie among Trivet's, that takes some of Trivet's, too."""
+    uninstall = repair.pip("uninstall", "-y", *owners)
+    return uninstall if repair.is_clone() else f"{uninstall} && {repair.own_files()}"

@@ -2,18 +2,12 @@
 
 import dataclasses
 import functools
-import os
-import re
 from collections.abc import Callable, Iterable
 from typing import Literal
-from urllib.parse import unquote
+
+from trainer.redact import redacted
 
 State = Literal["ok", "note", "problem"]
-SHORTEST_SECRET = 6  # shorter values would blank out ordinary words
-
-_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_PASSWORD = re.compile(r"(?:^|//)[^/@\s:]*:([^/@\s]+)@")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +48,10 @@ def name_of(check: Callable[..., object]) -> str:
 
 
 def without_secrets(finding: Finding) -> Finding:
-    """Return the finding with passwords in URLs, and every secret of the environment, as `***`."""
-    secrets = _secrets()
+    """Return the finding with `***` for every secret."""
     return dataclasses.replace(
         finding,
-        subject=_hide(finding.subject, secrets),
-        found=_hide(finding.found, secrets),
-        fix=_hide(finding.fix, secrets),
+        subject=redacted(finding.subject),
+        found=redacted(finding.found),
+        fix=redacted(finding.fix),
     )
-
-
-def _hide(text: str, secrets: list[str]) -> str:
-    text = _USER_OF_URL.sub("***", text)
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
-
-
-def _secrets() -> list[str]:
-    """The values of variables whose name says that they are secret, and the passwords in those that hold a URL."""
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-    for value in os.environ.values():
-        for password in _PASSWORD.findall(value):
-            found |= {password, unquote(password)}
-    return sorted((secret for secret in found if len(secret) >= SHORTEST_SECRET), key=len, reverse=True)

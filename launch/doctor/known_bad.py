@@ -1,16 +1,11 @@
-"""Versions that are known to break, or to be unsafe, together; and requirements of one package that another breaks."""
+"""Versions that are known to break, or to be unsafe, together."""
 
 import dataclasses
-import functools
-import importlib.metadata
 from collections.abc import Mapping
 
 from launch.doctor import repair
 from launch.doctor.findings import Finding, State
-from launch.doctor.packages import normalised
-
-# transformers imports these where they are installed, so a broken one breaks it.
-IMPORTED_WHEN_PRESENT = ("torchvision", "torchaudio", "scikit-learn", "scipy", "pandas", "sentencepiece", "tiktoken")
+from launch.doctor.packages import contains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,61 +114,18 @@ def known_bad_pairs(installed: dict[str, str]) -> list[Finding]:
             " + ".join(f"{name} {installed[name]}" for name in pair.versions),
             f"{pair.why}; source: {pair.source}",
             pair.state,
-            repair.pip(*pair.fix),
+            _pairs_fix(*pair.fix),
         )
         for pair in PAIRS
         if all(name in installed and _matches(wanted, installed[name]) for name, wanted in pair.versions.items())
     ]
 
 
-def broken_requirements(installed: dict[str, str], requirements: list[str] | None) -> list[Finding]:
-    """Return a finding for every installed package whose own requirement the installed version of another breaks.
-
-    A problem where Trivet uses the package (by its own metadata, or since transformers imports it), else a note.
-    """
-    if "packaging" not in installed:
-        return [Finding("requirements", "not compared without packaging", "note", repair.pip("install", "packaging"))]
-    from packaging.requirements import Requirement
-
-    used = _closure([normalised(text) for text in requirements or ()]) | set(IMPORTED_WHEN_PRESENT)
-    findings = []
-    for owner in sorted(set(installed) - {"trivet"}):
-        for text in _requires(owner):
-            needed = Requirement(text)
-            name = normalised(needed.name)
-            if name not in installed or needed.specifier.contains(installed[name], prereleases=True):
-                continue
-            found = f"{installed[name]} is installed, but {owner} {installed[owner]} needs {name}{needed.specifier}"
-            state: State = "problem" if owner in used else "note"
-            findings.append(Finding(name, found, state, repair.pip("install", f"{name}{needed.specifier}")))
-    return findings
-
-
-def _closure(names: list[str]) -> set[str]:
-    """The named distributions and all that they require."""
-    seen: set[str] = set()
-    while names:
-        name = names.pop()
-        if name not in seen:
-            seen.add(name)
-            names += [normalised(text) for text in _requires(name)]
-    return seen
-
-
-@functools.cache
-def _requires(name: str) -> tuple[str, ...]:
-    """The requirements of an installed distribution that hold here, without its extras."""
-    from packaging.requirements import Requirement
-
-    try:
-        texts = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        return ()
-    markers = ((text, Requirement(text).marker) for text in texts)
-    return tuple(text for text, marker in markers if marker is None or marker.evaluate({"extra": ""}))
+def _pairs_fix(verb: str, *arguments: str) -> str:
+    return repair.install(*arguments) if verb == "install" else repair.pip(verb, *arguments)
 
 
 def _matches(specifier: str, version: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
-    return SpecifierSet(specifier).contains(version, prereleases=True)
+    return contains(SpecifierSet(specifier), version)

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from launch.doctor.findings import Finding
+from trainer import free_memory
 
 GIB = 1024**3
 LITTLE_MEMORY_BYTES = 2 * GIB  # about what torch, transformers and the quickstart's model take
 LITTLE_SHM_BYTES = 512 * 1024**2  # containers give 64 MiB unless told otherwise
-UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number above every memory
 
 
 def machine(root: Path = Path("/")) -> list[Finding]:
@@ -27,17 +27,20 @@ def machine(root: Path = Path("/")) -> list[Finding]:
 
 
 def memory(root: Path = Path("/")) -> list[Finding]:
-    """Memory that can still be had, within the container's limit; little is a note with the command that shows why."""
+    """Memory that this process can still get; little is a note with the command that shows who has it."""
     fields = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
-    available, limit = fields["MemAvailable"], memory_limit(root)
+    available = free_memory.available_bytes(root=root)
+    if available is None:  # neither the machine nor a limit says
+        return [Finding("memory", f"{fields['MemTotal'] / GIB:.1f} GiB in all; nobody says what is available")]
     found = f"{available / GIB:.1f} of {fields['MemTotal'] / GIB:.1f} GiB available"
     found += f", {fields['SwapTotal'] / GIB:.1f} GiB swap"
-    if limit is not None and limit < fields["MemTotal"]:
-        available = min(available, limit)
-        found += f"; the container's limit is {limit / GIB:.1f} GiB, above which it is killed"
+    if available < fields.get("MemAvailable", 0):
+        found += (
+            f"; the machine has {fields['MemAvailable'] / GIB:.1f}, a limit of the container or the shell takes off"
+        )
     gib = round(available / GIB, 2)
     if available < LITTLE_MEMORY_BYTES:
         return [Finding("memory", found, "note", "ps aux --sort=-rss  # the largest first", value=gib, unit="GiB")]
@@ -59,36 +62,15 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Return how many cores the container's cgroup allows at a time, None without a limit."""
-    for folder in _cgroups(root, "cpu"):
-        if (text := _read(folder / "cpu.max")) and not text.startswith("max"):
-            quota, period = text.split()
-            return int(quota) / int(period)
-        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-        if quota and period and int(quota) > 0:
-            return int(quota) / int(period)
-    return None
-
-
-def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the bytes that the container's cgroup allows, None without a limit."""
-    for folder in _cgroups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(folder / name)
-            if text and text != "max" and int(text) < UNLIMITED:
-                return int(text)
-    return None
-
-
-def _cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's cgroup, v2 or v1, innermost first, up to the one that a container sees as root."""
-    folders = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", controller) or controller in controllers.split(","):
-            top = root / "sys/fs/cgroup" / (controller if controllers else "")
-            inner = top / path.lstrip("/")
-            folders += [inner, *(parent for parent in inner.parents if parent.is_relative_to(top))]
-    return folders
+    quotas = []
+    for _, folder in free_memory.group_folders("cpu", root):
+        words = _read(folder / "cpu.max").split() or [
+            *_read(folder / "cpu.cfs_quota_us").split(),
+            *_read(folder / "cpu.cfs_period_us").split(),
+        ]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
 def _read(path: Path) -> str:

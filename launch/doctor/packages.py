@@ -2,9 +2,13 @@
 
 import importlib.metadata
 import re
+from typing import TYPE_CHECKING
 
 from launch.doctor import repair
 from launch.doctor.findings import Finding, State
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 EXTRAS = {
     "train": "training",
@@ -21,13 +25,14 @@ def installed_versions() -> dict[str, str]:
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         if name := distribution.metadata["Name"]:
-            versions.setdefault(normalised(name), distribution.version)
+            versions.setdefault(normalised(name), distribution.version or "unknown")
     return versions
 
 
-def own_requirements(installed: dict[str, str]) -> list[str] | None:
-    """Return the requirements in trivet's own metadata, None where it runs without being installed."""
-    return importlib.metadata.requires("trivet") or [] if "trivet" in installed else None
+def installed_and_own() -> tuple[dict[str, str], list[str] | None]:
+    """Return those versions, and the requirements in trivet's own metadata: None where it is not installed."""
+    installed = installed_versions()
+    return installed, importlib.metadata.requires("trivet") or [] if "trivet" in installed else None
 
 
 def normalised(requirement: str) -> str:
@@ -59,7 +64,7 @@ def _outside(wanted: list[list[str]], installed: dict[str, str]) -> list[Finding
             name, asked = normalised(text), text.split(";")[0].strip()
             state: State = "problem" if _is_complete(needed, installed) else "note"
             said = f"{installed[name]}; Trivet needs {asked}"
-            found[name] = Finding(name, said, state, repair.pip("install", asked))
+            found[name] = Finding(name, said, state, repair.install(asked))
     return list(found.values())
 
 
@@ -89,4 +94,14 @@ def _is_outside(requirement: str, installed: dict[str, str]) -> bool:
     from packaging.requirements import Requirement  # comes with every package that an extra names
 
     version = installed.get(normalised(requirement))
-    return version is not None and not Requirement(requirement).specifier.contains(version, prereleases=True)
+    return version is not None and not contains(Requirement(requirement).specifier, version)
+
+
+def contains(specifier: "SpecifierSet", version: str) -> bool:
+    """Whether the version lies in the range; what is no version does not."""
+    from packaging.version import InvalidVersion
+
+    try:
+        return specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        return False

@@ -87,7 +87,7 @@ def test_a_disk_without_space_is_named_and_gets_nothing_half_written(
     assert code in (1, 2)
     message = error_of(err)
     assert str(disk) in message
-    assert "No space left on device" in message
+    assert "No space left on device" in message or "0 KiB is free there" in message
     assert "choose another" in message or "free some space" in message
     assert entries(disk) <= {"runs"}
 
@@ -121,7 +121,7 @@ def test_an_older_export_survives_a_disk_that_is_full(trivet, work, small_disk, 
 def test_a_disk_that_fills_up_midway_fails_the_run_in_one_line_and_costs_no_checkpoint(
     trivet, work, small_disk, error_of, monkeypatch, what
 ):
-    from trainer import checkpoint, loop
+    from trainer import checkpoint, loop, model_dir, run_folder
 
     disk = small_disk(4096)
     run, last_step = disk / "runs" / "new", {"checkpoint": 60, "model": 60, "result.json": 60}.get(what, 89)
@@ -140,9 +140,9 @@ def test_a_disk_that_fills_up_midway_fails_the_run_in_one_line_and_costs_no_chec
 
     with monkeypatch.context() as patch:
         if what == "model":
-            patch.setattr(loop.model_dir, "save_model", filling(loop.model_dir.save_model))
+            patch.setattr(model_dir, "save_model", filling(model_dir.save_model))
         elif what == "result.json":
-            patch.setattr(loop.run_folder, "write_result", filling(loop.run_folder.write_result))
+            patch.setattr(run_folder, "write_result", filling(run_folder.write_result))
         elif what == "checkpoint":
             patch.setattr(loop, "save", filling(loop.save, when=lambda step: step == fill_before))
         else:
@@ -157,12 +157,59 @@ def test_a_disk_that_fills_up_midway_fails_the_run_in_one_line_and_costs_no_chec
     assert (newest.name, skipped) == (f"step-{30 if fill_before else 60:08d}", [])
     assert not (run / "result.json").exists()
     assert (run / "model").exists() == (what == "result.json")
+    going_on = (run / "status.json").read_text()
+    assert message.endswith(f"started again, the run goes on from step {int(newest.name[-8:])}")
+    assert f'"step": {int(newest.name[-8:])},' in going_on
     (disk / "ballast").unlink()
     os.chdir(work)
     code, _, err = trivet("train", "tiny.yaml", *settings)
     assert code == 0, err
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, last_step + 1))
+
+
+@needs_root
+def test_without_checkpoints_a_disk_that_is_full_at_the_end_costs_no_step(
+    trivet, work, small_disk, error_of, monkeypatch
+):
+    from trainer import model_dir
+
+    disk = small_disk(4096)
+    run, save_model = disk / "runs" / "new", model_dir.save_model
+    settings = ["run.name=new", f"run.dir={disk}/runs", "checkpoint.every=null"]
+    with monkeypatch.context() as patch:
+        patch.setattr(model_dir, "save_model", lambda *args, **named: (fill(disk), save_model(*args, **named)))
+        code, _, err = trivet("train", "tiny.yaml", *settings)
+    assert code == 1
+    message = error_of(err)
+    assert message.startswith(f"{run}/model: the model cannot be written (")
+    assert message.endswith("mend that; started again, the run goes on from step 4")
+    assert json.loads((run / "status.json").read_text())["step"] == 4
+    (disk / "ballast").unlink()
+    code, _, err = trivet("train", "tiny.yaml", *settings)
+    assert code == 0, err
+    assert "going on from" in err
+    assert "step-00000004" in err
+    assert {path.name for path in run.iterdir() if path.is_dir() and list(path.iterdir())} == {"model"}
+
+
+@needs_root
+def test_a_disk_too_small_for_the_model_is_refused_before_step_0_and_for_checkpoints_a_warning(
+    trivet, work, small_disk, error_of
+):
+    disk = small_disk(100)
+    code, out, err = trivet("train", "tiny.yaml", "run.name=new", f"run.dir={disk}/runs")
+    assert (code, out, entries(disk)) == (2, "", set())
+    assert error_of(err) == (
+        f"run.dir: {disk}/runs/new has no room for the model, which needs 113 KiB; 100 KiB is free there; "
+        "free some space or choose another run.dir"
+    )
+    disk = small_disk(300)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new", f"run.dir={disk}/runs", "checkpoint.every=null")
+    assert code == 0, err
+    assert (
+        "may have no room for the last checkpoint and the model, which need 450 KiB; 300 KiB is free there" in err
+    )  # 28,832 * 16 B
 
 
 @needs_root

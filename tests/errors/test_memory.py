@@ -1,5 +1,6 @@
 """Out of memory: refused before a step where it is certain, explained where it happens, with values that really run."""
 
+import errno
 import re
 import resource
 import signal
@@ -10,20 +11,28 @@ from pathlib import Path
 import pytest
 
 from launch import process_marks, processes
+from trainer import loop, out_of_memory
+from trainer.guards import RunFailed
 
 GIB = 2**30
 
 
-def test_a_batch_that_can_never_fit_is_refused_before_it_is_tried(trivet, work, error_of):
+def test_a_batch_that_can_never_fit_is_refused_before_it_is_tried(trivet, work, error_of, monkeypatch):
     """100,000,000 rows: the loss alone needs terabytes."""
     code, out, err = trivet("train", "tiny.yaml", "run.name=new", "batch.rows=100000000")
     assert (code, out) == (2, "")
     message = error_of(err)
     assert re.match(r"batch\.micro_rows: out of memory: 100000000 rows of 64 tokens need about [\d,.]+ GiB \(", message)
     for part in ("weights", "gradients", "optimizer", "batch", "logits", "activations, estimated"):
-        assert re.search(rf"{part} [\d.]+ [GM]iB", message), part
-    assert " can be had; use batch." in message
+        assert re.search(rf"{part} [\d.]+ [GMK]iB", message), part
+    advised = re.search(r" can be had; use batch\.micro_rows=(\d+) \(the result stays the same\)$", message)[1]
+    assert 100000000 % int(advised) == 0
     assert not (work / "runs").exists()
+    monkeypatch.setattr(out_of_memory, "free_bytes", lambda *args, **kwargs: GIB)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new", "batch.rows=1000000")
+    advised = re.search(r"use (batch\.micro_rows=\d+) \(the result stays the same\)$", error_of(err))[1]
+    code, out, err = trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "batch.rows=1000000", advised)
+    assert (code, "warning" in err) == (0, False), err
 
 
 def test_a_dry_run_says_the_memory_and_refuses_what_cannot_fit(trivet, work, error_of):
@@ -33,6 +42,68 @@ def test_a_dry_run_says_the_memory_and_refuses_what_cannot_fit(trivet, work, err
     code, _, err = trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "batch.rows=100000000")
     assert code == 2
     assert "out of memory" in error_of(err)
+
+
+def test_a_dry_run_for_several_processes_divides_the_memory_among_them(trivet, work, monkeypatch):
+    asked = []
+    monkeypatch.setattr(out_of_memory, "free_bytes", lambda device, *, world_size: asked.append(world_size))
+    assert trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "--nproc", "2")[0] == 0
+    assert asked == [2]
+
+
+def test_a_run_that_may_not_fit_is_told_so_and_tried(trivet, work, monkeypatch):
+    make_plan, plans = loop.make_plan, []
+    monkeypatch.setattr(loop, "make_plan", lambda *args, **named: plans.append(make_plan(*args, **named)) or plans[-1])
+
+    def free_bytes(device, **_):
+        return (plans[-1].total_bytes + plans[-1].certain_bytes) // 2 - plans[-1].weights_bytes
+
+    monkeypatch.setattr(out_of_memory, "free_bytes", free_bytes)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new")
+    assert code == 0
+    assert re.search(r"^warning: this may not fit: batch\.micro_rows: out of memory: 2 rows of 64 tokens", err, re.M)
+
+
+@pytest.mark.parametrize("place", ["rehearse", "resume"])
+def test_memory_that_runs_out_before_step_0_refuses_the_run(trivet, work, error_of, monkeypatch, place):
+    def fail(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loop, place, fail)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new")
+    assert code == 2
+    assert error_of(err).startswith("batch.micro_rows: out of memory: 2 rows of 64 tokens need about")
+    assert not (work / "runs" / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (OSError(errno.ENOMEM, "mmap failed"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RunFailed("x cannot be written (Cannot allocate memory)", step=1), False),
+    ],
+    ids=str,
+)
+def test_what_says_that_memory_ran_out_is_told_from_what_does_not(error, expected):
+    assert out_of_memory.is_out_of_memory(error) == expected
+
+
+def test_a_file_that_finds_no_memory_is_not_blamed_on_the_disk(trivet, work, error_of, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("trainer.checkpoint.save_file", fail)
+    code, _, err = trivet("train", "tiny.yaml", "run.name=new")
+    assert code == 1
+    assert error_of(err).startswith("batch.micro_rows: out of memory")
+    assert "cannot be written" not in err
 
 
 @pytest.mark.slow
@@ -119,7 +190,9 @@ def test_where_the_kernel_killed_for_memory_it_is_said(tmp_path, capfd, monkeypa
     monkeypatch.setattr(process_marks, "oom_kills", lambda: next(counts, 4))
     (tmp_path / "ranks.py").write_text(RANKS)
     assert processes.run_group([sys.executable, str(tmp_path / "ranks.py")], {}) == 1
-    assert "error: rank 1 was killed by the kernel, for want of memory; started again" in capfd.readouterr().err
+    assert (
+        "error: rank 1 was killed probably by the kernel, for want of memory (it killed a process at that time);"
+    ) in capfd.readouterr().err
 
 
 @pytest.mark.slow

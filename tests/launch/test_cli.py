@@ -22,8 +22,10 @@ def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(trivet, m
 
 def test_a_module_of_ours_that_is_missing_is_no_bad_input(trivet, monkeypatch):
     monkeypatch.setattr(cli, "app", fail_with(ModuleNotFoundError("No module named 'serving.x'", name="serving.x")))
-    with pytest.raises(ModuleNotFoundError):
-        cli.main()
+    code, _, err = trivet("doctor")
+    assert code == 1
+    assert err.startswith("Traceback")
+    assert err.rstrip().endswith("ModuleNotFoundError: No module named 'serving.x'")
 
 
 def test_a_mistyped_command_names_the_nearest(trivet):

@@ -189,6 +189,12 @@ def test_an_unknown_name_is_told_the_nearest(trivet, name, expected):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["nope", "optim.wombat"])
+def test_a_name_that_is_near_to_no_key_is_given_none(trivet, name):
+    code, _, err = trivet("config-docs", name)
+    assert (code, err) == (2, f"error: config-docs: {name}: unknown key; all: trivet config-docs\n")
+
+
 def test_a_run_config_name_in_the_sweep_reference_says_to_leave_the_option_out():
     with pytest.raises(BadInput, match="leave --sweep out"):
         config_docs.select("optim.lr", "sweep")

@@ -37,7 +37,8 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 def status(state, code, reason=""):
     step = config.run.steps
-    (folder / "status.json").write_text(json.dumps({"state": state, "code": code, "step": step, "reason": reason}))
+    fields = {"format_version": 2, "state": state, "code": code, "step": step, "reason": reason}
+    (folder / "status.json").write_text(json.dumps(fields))
 status("running", None)
 for step in range(1, config.run.steps + 1):
     with (folder / "metrics.jsonl").open("a") as file:
@@ -52,7 +53,7 @@ if lr == 0.01:
     print("error: it blew up")
     sys.exit(1)
 (folder / "result.json").write_text(json.dumps({
-    "score": 1.0 + lr, "score_name": "eval_loss", "score_mode": "min", "strategy": strategy,
+    "format_version": 2, "score": 1.0 + lr, "score_name": "eval_loss", "score_mode": "min", "strategy": strategy,
     "trainable_parameters": 10 if strategy == "lora" else 1000, "seconds": 1.0,
     "threads": os.environ["OMP_NUM_THREADS"],
 }))
@@ -67,6 +68,23 @@ from launch.sweep_config import SweepConfig
 path = pathlib.Path(sys.argv[1])
 command = lambda trial: [sys.executable, sys.argv[2], str(trial.base), *trial.arguments]
 sys.exit(sweep.sweep(config_file.load(path, sys.argv[3:], SweepConfig), path, command=command))
+"""
+
+
+# Asks the Ray of a sweep, with its token and without, which nodes it has.
+BURGLAR = """
+import os, subprocess, sys
+from launch import sweep
+sweep._import_ray()
+from launch import sweep_ray
+import ray
+ask = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); ray.nodes()"
+with sweep_ray._ray(1):
+    address = ray.get_runtime_context().gcs_address
+    for name, env in {"with": {}, "without": {"RAY_AUTH_MODE": "disabled"}}.items():
+        done = subprocess.run([sys.executable, "-c", ask, address], env=os.environ | env, stderr=subprocess.DEVNULL)
+        print(f"{name}: {'out' if done.returncode else 'in'}")
+ray.shutdown()
 """
 
 
@@ -154,9 +172,140 @@ def test_the_best_comes_first_by_the_mode_of_the_score_and_failures_last(
 def test_a_score_that_is_not_a_number_is_a_failure(sweep_file, make_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = make_run("runs/compare/trials/lora")
-    (folder / "result.json").write_text('{"score": NaN, "score_mode": "min"}')
+    (folder / "result.json").write_text('{"format_version": 2, "score": NaN, "score_mode": "min"}')
     ranking = sweep.rank(trials(load(sweep_file)), {"lora": {"code": 0}})
     assert {entry["state"] for entry in ranking} == {"failed"}
+
+
+def in_sweep_folder(name: str, text: str) -> Path:
+    folder = Path("runs/compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def no_ray(sweep_file, monkeypatch, tmp_path):
+    """Stand in the test's folder; a Ray that would start raises KeyboardInterrupt, as Ctrl-C does."""
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_import_ray", lambda: interrupted)
+    monkeypatch.setattr(sweep, "_end_ray", lambda: None)
+
+
+def started(sweep_file, *overrides) -> Path:
+    """Start the sweep and stop it at once; return its folder."""
+    config = load(sweep_file, *overrides)
+    assert sweep.sweep(config, sweep_file) == 75
+    return config.folder
+
+
+def refused(sweep_file, *overrides) -> str:
+    """Return why the sweep is refused; nothing in its folder changes."""
+    config = load(sweep_file, *overrides)
+    before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    with pytest.raises(BadInput) as error:
+        sweep.sweep(config, sweep_file)
+    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before
+    return str(error.value)
+
+
+def test_a_sweep_that_a_newer_trivet_wrote_is_refused_and_stays(sweep_file, no_ray):
+    folder = started(sweep_file)
+    in_sweep_folder("result.json", '{"format_version": 3, "trivet": "0.4.0", "ranking": []}')
+    said = refused(sweep_file)
+    assert said.startswith("runs/compare/result.json: format_version 3, written by Trivet 0.4.0")
+    (folder / "result.json").unlink()
+    in_sweep_folder("config.yaml", "# format_version 3, Trivet 0.4.0\nsweep: {name: compare}\nbrandnew: 1\n")
+    assert refused(sweep_file).startswith("runs/compare/config.yaml: format_version 3, written by Trivet 0.4.0")
+
+
+def test_the_saved_config_of_a_sweep_says_its_format_and_is_the_sweep(sweep_file, no_ray):
+    saved = started(sweep_file) / "config.yaml"
+    assert saved.read_text().startswith("# format_version 2, Trivet ")
+    assert load(saved) == load(sweep_file)
+
+
+def test_a_full_disk_leaves_the_saved_config_of_a_sweep_whole(sweep_file, no_ray, monkeypatch):
+    saved = started(sweep_file) / "config.yaml"
+    before = saved.read_text()
+    write = Path.write_text
+
+    def full(path, text, **options):
+        write(path, text[:20], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BadInput, match=r"sweep.dir: runs/compare cannot be written \(No space left on device\)"):
+        sweep.sweep(load(sweep_file, "sweep.concurrent=2"), sweep_file)
+    assert saved.read_text() == before
+
+
+def test_a_changed_sweep_is_refused_in_its_folder_naming_what_differs(sweep_file, no_ray):
+    started(sweep_file)
+    assert refused(sweep_file, "strategies.lora.optim.lr=0.5") == (
+        "sweep.name: runs/compare holds a different sweep (strategies.lora.optim.lr 0.005 there, 0.5 here); "
+        "choose another sweep.name, or remove that folder"
+    )
+    sweep_file.write_text(SWEEP.replace("  lora: {", "  other: {"))
+    assert "strategies.lora.optim.lr 0.005 there, nothing here" in refused(sweep_file)
+
+
+def test_a_sweep_goes_on_with_more_strategies_and_more_trials_at_a_time(sweep_file, no_ray):
+    started(sweep_file)
+    started(sweep_file, "sweep.concurrent=2", "strategies.third.optim.lr=0.5")
+
+
+@pytest.mark.parametrize(("name", "text"), [("notes.txt", "mine"), ("config.yaml", "run: {name: compare}\n")])
+def test_a_folder_that_holds_something_else_than_a_sweep_is_refused(sweep_file, no_ray, name, text):
+    in_sweep_folder(name, text)
+    assert f"sweep.name: runs/compare holds other files ({name}) and no sweep" in refused(sweep_file)
+
+
+@pytest.fixture
+def ray_settings(monkeypatch, tmp_path):
+    """Return the function that locks a Ray to come and returns its settings; afterwards they are as before."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # noted, so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def lock(**set_by_the_user: str) -> dict[str, str]:
+        os.environ.update(set_by_the_user)
+        sweep.lock_ray()
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+
+    return lock
+
+
+def test_the_ray_of_a_sweep_asks_for_a_token_that_only_this_user_can_read(ray_settings):
+    settings = ray_settings()
+    path = Path(settings.pop("RAY_AUTH_TOKEN_PATH"))
+    assert settings == {"RAY_AUTH_MODE": "token"}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(path.read_text()) == 64
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/mine"},
+    ],
+)
+def test_how_a_user_wants_ray_locked_stays(ray_settings, tmp_path, mine):
+    assert ray_settings(**mine) == mine
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_ray_of_a_sweep_lets_nobody_in_without_its_token(script, on_path):
+    done = subprocess.run(script(BURGLAR), capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines() == ["with: in", "without: out"], done.stderr
 
 
 @pytest.mark.slow

@@ -94,9 +94,9 @@ def test_a_run_and_a_sweep_lead_to_their_model(tmp_path, tiny_config):
     run = tmp_path / "run"
     run.mkdir()
     bare_model(run / "model", tiny_config("llama"))
-    (tmp_path / "result.json").write_text(json.dumps({"ranking": [{"strategy": "lora", "run": str(run)}]}))
+    (tmp_path / "result.json").write_text(json.dumps({"format_version": 2, "ranking": [{"run": str(run)}]}))
     assert find_model(run) == find_model(tmp_path) == run / "model"
-    (tmp_path / "result.json").write_text(json.dumps({"ranking": [{"run": "gone"}]}))
+    (tmp_path / "result.json").write_text(json.dumps({"format_version": 2, "ranking": [{"run": "gone"}]}))
     with pytest.raises(ExportError, match="its best run gone has no model"):
         find_model(tmp_path)
 

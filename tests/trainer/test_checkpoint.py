@@ -220,6 +220,7 @@ def test_a_full_disk_costs_the_save_and_not_the_previous_checkpoint(tmp_path, wo
             with pytest.raises(OSError, match="No space"):
                 save(tmp_path, world, made, 2, keep=1)
         assert checkpoint.newest(tmp_path) == (first, [])
+        assert list(tmp_path.iterdir()) == [first], "the rest of a failed save takes the space that is missing"
 
 
 @pytest.mark.parametrize(

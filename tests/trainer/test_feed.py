@@ -42,9 +42,26 @@ def test_ranks_read_together_what_one_process_reads(feed_of, world_size):
     for step in (0, 5):
         together = [batch for feed in ranks for batch in feed.micro_batches(step)]
         assert documents(together) == documents(alone.micro_batches(step))
-        assert {len(feed.micro_batches(step)) for feed in ranks} == {12 // world_size // 2}
+        assert {len(list(feed.micro_batches(step))) for feed in ranks} == {12 // world_size // 2}
         tokens = sum(len(document) for document in documents(together))
         assert {feed.tokens_at(step) for feed in [alone, *ranks]} == {tokens}
+
+
+def test_the_targets_of_a_step_are_those_of_its_batches(feed_of):
+    ranks = [feed_of(rank, 3) for rank in range(3)]
+    for step in (0, 5):
+        count = sum(feed.objective.count(batch) for feed in ranks for batch in feed.micro_batches(step))
+        assert {feed.targets_at(step) for feed in ranks} == {count}
+
+
+def test_a_batch_is_made_when_it_is_asked_for(feed_of, monkeypatch):
+    """All of a step at once would need memory in proportion to batch.rows."""
+    feed, made = feed_of(0, 1), []
+    collate = feed.objective.collate
+    monkeypatch.setattr(feed.objective, "collate", lambda *args: (made.append(1), collate(*args))[1])
+    batches = feed.micro_batches(0)
+    next(batches)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])

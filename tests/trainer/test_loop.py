@@ -4,6 +4,8 @@ import copy
 import importlib.metadata
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,11 +283,81 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_keeps_what_is_there(ma
 
     config = make_config(checkpoint={"every": 2})
     monkeypatch.setattr("trainer.checkpoint.save_file", no_space)
-    with pytest.raises(RunFailed, match=r"the checkpoint of step 4 cannot be written \(.*No space") as caught:
+    said = r"the checkpoint of step 4 cannot be written \(.*No space.*; started again, the run goes on from step 2$"
+    with pytest.raises(RunFailed, match=said) as caught:
         train(config)
-    assert caught.value.step == 4
+    assert caught.value.step == 2
     path, skipped = checkpoint.newest(config.run.folder / "checkpoints")
     assert (path.name, skipped) == ("step-00000002", [])
+
+
+@pytest.mark.parametrize(("objective", "strategy"), [("causal_lm", "scratch"), ("sft", "lora")])
+@pytest.mark.parametrize("place", ["trainer.model_dir.save_model", "trainer.run_folder.write_result"])
+def test_a_model_that_cannot_be_written_costs_no_step(
+    make_config, train, monkeypatch, capfd, read_lines, objective, strategy, place
+):
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    whole, config = (make_config(objective, strategy, run={"name": name}) for name in ("whole", "failed"))
+    assert train(whole) == 0
+    assert not list(whole.run.folder.glob("checkpoints/*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, no_space)
+        with pytest.raises(RunFailed, match=r"No space.*; started again, the run goes on from step 6$") as caught:
+            train(config)
+    status = json.loads((config.run.folder / "status.json").read_text())
+    assert (status["state"], status["step"], caught.value.step) == ("failed", 6, 6)
+    monkeypatch.setattr("trainer.loop.learning_rate", lambda *args: pytest.fail("a step was taken again"))
+    assert train(config) == 0
+    assert "going on from" in capfd.readouterr().err
+    assert not list(config.run.folder.glob("checkpoints/*"))
+    assert read_lines(config) == read_lines(whole)
+    models = [(each.run.folder / "model" / "model.safetensors").read_bytes() for each in (whole, config)]
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("why", ["no room for both", "a quota that nobody tells"])
+def test_where_there_is_no_room_for_a_last_checkpoint_the_model_is_written_without(
+    make_config, train, monkeypatch, capfd, why
+):
+    """As before the checkpoint was thought of: the model is what the run is for."""
+    from trainer import disk_space
+
+    def no_space(*args, **kwargs):
+        raise OSError(122, "Disk quota exceeded")
+
+    config = make_config()
+    model = build.build(config).model
+    if why == "no room for both":
+        free = disk_space.model_bytes(model) + disk_space.checkpoint_bytes(model) - 1
+        monkeypatch.setattr(disk_space, "free_bytes", lambda folder: free)
+        monkeypatch.setattr("trainer.checkpoint.save", lambda *args, **kwargs: pytest.fail("it was tried"))
+    else:
+        monkeypatch.setattr("trainer.checkpoint.save_file", no_space)
+    assert train(config) == 0
+    said = "may have no room for the last checkpoint" if why == "no room for both" else "Disk quota exceeded"
+    assert said in capfd.readouterr().err
+    assert (config.run.folder / "model" / "trivet.json").is_file()
+    assert not list(config.run.folder.glob("checkpoints/*"))
+
+
+def test_the_memory_plan_runs_its_row_on_the_device_of_the_run(make_config, monkeypatch):
+    """The device "meta" stands for a GPU: it is not where a batch is made."""
+    parts = build.build(make_config())
+    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model: model, autocast=nullcontext)
+    parts.world = SimpleNamespace(mode="single", size=1, is_main=True, accelerator=accelerator)
+    parts.model = parts.model.to("meta")
+    rows, make_plan = [], loop.make_plan
+    monkeypatch.setattr(
+        loop,
+        "make_plan",
+        lambda model, objective, row, *rest, **named: (
+            rows.append(row) or make_plan(model, objective, row, *rest, **named)
+        ),
+    )
+    assert loop.check_memory(make_config(), parts, world_size=1).weights_bytes > 0
+    assert {tensor.device.type for tensor in rows[0].values()} == {"meta"}
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(make_config):

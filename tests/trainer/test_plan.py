@@ -83,11 +83,11 @@ def test_with_lora_only_the_adapter_has_gradients(plan_of):
     assert lora.weights_bytes == full.weights_bytes + 4 * learning
 
 
-def test_batch_and_logits_are_the_tensors_that_a_step_makes(make_config, plan_of):
+def test_batch_and_logits_are_the_tensors_that_a_pass_makes(make_config, plan_of):
     plan, config = plan_of(batch={"rows": 4, "micro_rows": 2, "max_length": 24})
     parts = build.build(config)
     longest = parts.feed.longest()
-    assert plan.batch_bytes == 2 * sum(tensor.nbytes for tensor in longest.values())
+    assert plan.batch_bytes == sum(tensor.nbytes for tensor in longest.values())
     assert plan.logits_bytes == 3 * 4 * longest["input_ids"].numel() * 300
 
 
@@ -168,6 +168,18 @@ def test_a_model_that_alone_is_too_large_is_to_be_smaller(make_config):
     assert advice(plan, make_config(), 10) == (
         "a smaller model (model.hidden_size, model.num_layers, tokenizer.vocab_size)"
     )
+
+
+def test_a_model_that_is_too_large_for_one_row_too_is_said_in_whole_words(make_config):
+    plan = Plan(100 * KIB, 100 * KIB, 200 * KIB, 0, 20.0 * KIB, 0.0, 0.0, 0.0, 0, rows=8, micro_rows=8, length=64)
+    assert advice(plan, make_config("sft", "lora"), 10) == "batch.micro_rows=1 and a smaller model"
+
+
+def test_tensors_of_a_batch_that_are_too_large_are_cut_into_micro_batches(make_config):
+    """By hand: 400 KiB, and 50 KiB for each row of a pass; the rows of a step that wait for their pass need nothing."""
+    plan = Plan(100 * KIB, 100 * KIB, 200 * KIB, 0, 0.0, 0.0, 0.5 * KIB, 0.0, 0, rows=64, micro_rows=64, length=100)
+    assert plan.total_bytes == (400 + 64 * 50) * KIB
+    assert advice(plan, make_config("sft", "full"), 800 * KIB) == "batch.micro_rows=8 (the result stays the same)"
 
 
 def test_the_plan_changes_nothing_that_is_trained(make_config, train, monkeypatch, read_lines):

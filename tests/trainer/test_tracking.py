@@ -2,10 +2,12 @@
 
 import json
 import sys
+from typing import ClassVar
 
 import pytest
 
-from serving.directory import BadInput
+from serving import directory
+from serving.directory import BadInput, NewerFormat
 from trainer import tracking
 from trainer.config import Log, RunConfig
 from trainer.metrics import RunLog
@@ -115,9 +117,9 @@ def test_a_run_that_goes_on_goes_on_there_without_a_step_twice(config, train, ml
     assert train(config("mlflow", steps=2, sample_text=1)) == 0
     longer = config("mlflow", steps=4, sample_text=1)
     # As after a kill: the tracker has steps that the folder does not know of any more.
-    trackers = tracking.open_trackers(longer, [])
-    trackers[0].log("train", 3, dict.fromkeys(FIELDS, 7.0))
-    trackers[0].close(failed=True)
+    with tracking.opened(longer, []) as trackers:
+        trackers[0].log("train", 3, dict.fromkeys(FIELDS, 7.0))
+        trackers[0].close(failed=True)
     assert train(longer) == 0
     assert [step for step, _ in metric_history(longer, "train/loss")] == [1, 2, 3, 4]
     assert [step for step, _ in metric_history(longer, "eval/eval_loss")] == [0, 2, 4]
@@ -185,4 +187,81 @@ def test_a_tracker_that_cannot_start_is_bad_input_without_its_password(config, t
         "log.trackers: mlflow cannot start (ConnectionError: no route to https://***@host/api); "
         "set MLFLOW_TRACKING_URI to a server that answers, or leave it out"
     )
-    assert not (run.run.folder / "status.json").exists()
+    status = json.loads((run.run.folder / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", 2)
+
+
+class Made(Broken):
+    """A tracker that starts, and leaves a folder in the run's as wandb does."""
+
+    made: ClassVar[list["Made"]] = []
+
+    def __init__(self, config, known) -> None:
+        super().__init__()
+        self.known, self.closed = known, []
+        (config.run.folder / "made").mkdir(exist_ok=True)
+        self.made.append(self)
+
+    def log(self, kind, step, fields) -> None: ...
+
+    def close(self, *, failed) -> None:
+        self.closed.append(failed)
+
+
+@pytest.fixture
+def trackers_made(monkeypatch):
+    """The trackers that were started; wandb starts, mlflow does not."""
+    monkeypatch.setattr(Made, "made", [])
+    monkeypatch.setattr(tracking, "TRACKERS", {"wandb": Made, "mlflow": Refusing})
+    monkeypatch.setattr(tracking, "check", lambda log: None)
+    return Made.made
+
+
+def test_a_tracker_that_could_not_start_does_not_lock_the_run_out(config, train, monkeypatch, trackers_made):
+    with pytest.raises(BadInput, match="mlflow cannot start"):
+        train(config("wandb", "mlflow"))
+    assert [tracker.closed for tracker in trackers_made] == [[True]]
+    assert train(config("wandb")) == 0
+    assert [tracker.known for tracker in trackers_made] == [None, "1"]
+    assert trackers_made[1].closed == [False]
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "trackers.json", "metrics.jsonl"])
+def test_a_full_disk_at_the_start_leaves_no_tracker_running_and_no_lock(
+    config, train, monkeypatch, trackers_made, place
+):
+    write = directory.write_text
+
+    def full(path, text):
+        if path.name == place:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "write_text", full)
+        with pytest.raises(BadInput, match=r"run\.dir: .* cannot be written \(No space left on device\)"):
+            train(config("wandb"))
+    assert [tracker.closed for tracker in trackers_made] == ([] if place == "config.yaml" else [[True]])
+    assert train(config("wandb")) == 0
+
+
+@pytest.mark.parametrize("text", ['{"wandb": ', "[1]", "\udcff"])
+def test_a_broken_trackers_json_is_one_line(config, train, trackers_made, text):
+    run = config("wandb", steps=2)
+    assert train(run) == 0
+    path = run.run.folder / "trackers.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(BadInput, match=r"trackers\.json: cannot be read \(.*\); remove it") as refused:
+        train(config("wandb", steps=4))
+    assert "\n" not in str(refused.value)
+    assert len(trackers_made) == 1
+
+
+def test_a_trackers_json_of_a_newer_trivet_is_refused(config, train, trackers_made):
+    run = config("wandb", steps=2)
+    assert train(run) == 0
+    path = run.run.folder / "trackers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 999}))
+    with pytest.raises(NewerFormat, match=r"trackers\.json: "):
+        train(config("wandb", steps=4))
+    assert len(trackers_made) == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from launch.doctor import repair
 from launch.doctor.findings import Finding
 from trainer.config import RunConfig
 
@@ -106,3 +107,21 @@ def program(tmp_path, monkeypatch):
         path.chmod(0o755)
 
     return program
+
+
+@pytest.fixture
+def torch_build(install, monkeypatch):
+    """Return a function that puts a torch in front of the path, on a machine with or without a GPU."""
+
+    def build(version: str, *, gpu: bool):
+        install("torch", version)
+        monkeypatch.setattr(repair, "has_nvidia_driver", lambda: gpu)
+
+    return build
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch, install):
+    """Trivet as a wheel leaves it: among other packages, where a Makefile may be somebody else's."""
+    install("trivet", "0.1.0", requires=["torch<3,>=2.13; extra == 'train'"])
+    monkeypatch.setattr(repair, "HOME", tmp_path)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from launch import doctor
-from launch.doctor import apart, findings, repair
+from launch.doctor import accelerators, apart, findings, packages, repair
 from launch.doctor.findings import Finding
 
 CANARY = "canary-Zq7w"
@@ -96,6 +96,40 @@ def test_a_check_that_hangs_is_left_behind_and_reported():
     assert time.monotonic() - started < 30
     assert (finding.subject, finding.state) == ("dead drive", "problem")
     assert "0.2 s" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("area", "module", "name"),
+    [
+        ("machine", accelerators, "nvidia_gpus"),
+        ("packages", packages, "installed_and_own"),
+        ("disk", doctor, "_disk_checks"),
+    ],
+)
+@pytest.mark.parametrize("hangs", [True, False])
+def test_what_is_asked_before_the_checks_may_hang_or_break_too(monkeypatch, area, module, name, hangs):
+    def question():
+        time.sleep(60 if hangs else 0)
+        raise RuntimeError("no driver")
+
+    question.__name__ = name
+    monkeypatch.setattr(module, name, question)
+    monkeypatch.setattr(doctor, "LIMIT_S", 0.2 if hangs else 15.0)
+    started = time.monotonic()
+    areas = {name: checks for name, checks, _ in doctor._areas()}
+    assert time.monotonic() - started < 50
+    found = {finding.subject: finding for check in areas[area] for finding in check()}
+    finding = found[name.strip("_").replace("_", " ")]
+    assert finding.state == "problem"
+    assert ("no answer within 0.2 s" if hangs else "RuntimeError: no driver") in finding.found
+
+
+def test_a_driver_that_hangs_is_a_problem_that_pip_does_not_mend(monkeypatch, program):
+    program("nvidia-smi", "exec sleep 60")
+    monkeypatch.setattr(accelerators, "DRIVER_LIMIT_S", 0.2)
+    [(_, checks, _), *_] = doctor._areas()
+    [finding] = [finding for check in checks for finding in check() if finding.subject == "nvidia gpus"]
+    assert (finding.state, finding.fix) == ("problem", accelerators.HANGING_DRIVER)
 
 
 @pytest.fixture

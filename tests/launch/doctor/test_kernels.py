@@ -13,7 +13,7 @@ L4 = "NVIDIA L4, 23034 MiB, 550.54.15"
 def test_the_gpus_are_the_lines_of_nvidia_smi(program, by_subject):
     program("nvidia-smi", f'echo "{L4}"')
     assert accelerators.nvidia_gpus() == [L4]
-    assert accelerators.driver([L4])[0].state == "ok"
+    assert accelerators.driver([L4], [])[0].state == "ok"
 
 
 def test_a_driver_that_does_not_answer_is_no_gpu(program):
@@ -50,6 +50,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem_that_says_why(monkeypatch, cud
     assert finding.state == "problem"
     assert said in finding.found
     assert fix in finding.fix
+    assert "CPU builds" not in finding.fix
 
 
 def test_attention_runs_a_fused_kernel_here_with_the_mask_of_packed_rows():

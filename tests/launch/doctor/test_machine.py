@@ -43,26 +43,29 @@ def test_little_memory_is_a_note_with_the_command_that_shows_who_has_it(tmp_path
 
 
 @pytest.mark.parametrize(
-    "container",
+    ("cgroup", "files"),
     [
-        {"memory__max": str(GIB)},
-        {"cgroup": "0::/job\n", "memory__max": "max", "job_in_memory__max": str(GIB)},
-        {"cgroup": "0::/job\n", "memory__max": str(GIB), "job_in_memory__max": "max"},
-        {"cgroup": "4:memory:/\n0::/\n", "memory_in_memory__limit_in_bytes": str(GIB)},
+        ("0::/\n", {"memory.max": 1.25, "memory.current": 1.0}),
+        ("0::/job\n", {"memory.max": "max", "job/memory.max": 1.25, "job/memory.current": 1.0}),
+        ("0::/job\n", {"memory.max": 1.25, "memory.current": 1.0, "job/memory.max": "max"}),
+        (
+            "4:memory:/\n0::/\n",
+            {"memory/memory.limit_in_bytes": 1.25, "memory/memory.usage_in_bytes": 1.0},
+        ),
     ],
     ids=["v2", "v2-inner", "v2-outer", "v1"],
 )
-def test_a_containers_limit_counts_below_the_machines_memory(tmp_path, container):
-    if "memory_in_memory__limit_in_bytes" in container:  # the name itself has an `_in_`
-        del container["memory_in_memory__limit_in_bytes"]
-        folder = made_up(tmp_path, **container) / "sys/fs/cgroup/memory"
-        folder.mkdir(parents=True)
-        (folder / "memory.limit_in_bytes").write_text(f"{GIB}\n")
-    else:
-        made_up(tmp_path, **container)
+def test_what_a_containers_limit_leaves_counts_below_the_machines_memory(tmp_path, cgroup, files):
+    made_up(tmp_path, available_gib=21.5, total_gib=23.5, cgroup=cgroup)
+    for name, gib in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{gib if gib == 'max' else int(gib * GIB)}\n")
+        (path.parent / "memory.stat").touch()
     [finding] = machine.memory(tmp_path)
-    assert (finding.value, finding.state) == (1.0, "note")
-    assert "limit is 1.0 GiB" in finding.found
+    assert (finding.value, finding.state) == (0.25, "note")
+    assert finding.found.startswith("0.2 of 23.5 GiB available")
+    assert "the machine has 21.5" in finding.found
 
 
 def test_a_container_with_fewer_cores_than_it_sees_gets_the_number_of_threads(tmp_path, monkeypatch):
@@ -71,6 +74,11 @@ def test_a_container_with_fewer_cores_than_it_sees_gets_the_number_of_threads(tm
     assert (finding.state, finding.value, finding.fix) == ("note", 2.5, "export OMP_NUM_THREADS=2")
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text("max 100000\n")
     assert machine.machine(tmp_path)[1].state == "ok"
+
+
+def test_the_narrowest_of_nested_quotas_counts(tmp_path):
+    made_up(tmp_path, cgroup="0::/job\n", cpu__max="150000 100000", job_in_cpu__max="400000 100000")
+    assert machine.cpu_quota(tmp_path) == 1.5
 
 
 def test_a_full_disk_is_a_problem(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import InvalidVersion
 
-from launch.doctor import clashes, known_bad, packages, repair
+import trivet
+from launch.doctor import clashes, known_bad, packages, requirements
 
 ROOT = Path(__file__).resolve().parents[3]
 REQUIREMENTS = [
@@ -30,6 +32,7 @@ COMPLETE = {
     "fastapi": "0.165.0",
 }
 PACKAGING = {"packaging": "26.3"}
+PIP = f"{sys.executable} -m pip"
 # Versions that bring out each pair, from the affected ranges of its source.
 BAD_VERSIONS = [
     {"torch": "2.5.1+cpu"},
@@ -79,7 +82,7 @@ def test_an_installation_without_packaging_is_looked_at_as_far_as_that_goes(monk
     installed = {"trivet": "0.1.0", "accelerate": "2.0.0"}
     assert by_subject(packages.extras(installed, REQUIREMENTS))["train (training)"].state == "note"
     assert known_bad.known_bad_pairs(installed) == []
-    [finding] = known_bad.broken_requirements(installed, REQUIREMENTS)
+    [finding] = requirements.broken_requirements(installed, REQUIREMENTS)
     assert (finding.state, finding.fix) == ("note", f"{sys.executable} -m pip install packaging")
 
 
@@ -126,7 +129,7 @@ def test_a_foreign_distribution_with_a_package_named_trainer_is_a_problem(instal
     install("coqui-trainer", "0.3.1", packages=["trainer"])
     finding = by_subject(clashes.shadows())["trainer"]
     assert finding.state == "problem"
-    assert finding.fix.endswith("uninstall coqui-trainer")
+    assert finding.fix.endswith("uninstall -y coqui-trainer")
 
 
 def test_a_folder_named_serving_in_front_of_the_path_is_a_problem(tmp_path):
@@ -137,7 +140,33 @@ def test_a_folder_named_serving_in_front_of_the_path_is_a_problem(tmp_path):
         f"sys.path.insert(0, {str(tmp_path)!r}); print([f.found for f in d.shadows()])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert f"imported from {tmp_path / 'serving'}" in done.stdout, done.stderr
+    assert f"{tmp_path / 'serving'} comes before Trivet's own" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_a_foreign_package_that_pip_installed_is_uninstalled_on_debian_too(tmp_path, monkeypatch, folder):
+    site = tmp_path / folder
+    (site / "serving").mkdir(parents=True)
+    (site / "serving" / "__init__.py").touch()
+    (site / "model_serving-1.0.dist-info").mkdir()
+    (site / "model_serving-1.0.dist-info" / "METADATA").write_text("Name: model-serving\nVersion: 1.0\n")
+    (site / "model_serving-1.0.dist-info" / "top_level.txt").write_text("serving\n")
+    script = (
+        f"import sys, launch.doctor as d, trivet; sys.modules.pop('serving', None); sys.path.insert(0, {str(site)!r}); "
+        "print(trivet.foreign_package()); print(d.shadows()[0].fix)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    line, fix = done.stdout.splitlines()
+    assert f"run: {PIP} uninstall model-serving (or" in line
+    assert fix == f"{PIP} uninstall -y model-serving"
+
+
+def test_a_package_whose_files_another_wheel_overwrote_is_a_problem(monkeypatch, wheel, by_subject):
+    monkeypatch.setattr(trivet, "_was_overwritten", lambda file: file == "launch/__init__.py")
+    monkeypatch.setattr(trivet, "foreign_owners", lambda name: ["ros-launch"] if name == "launch" else [])
+    finding = by_subject(clashes.shadows())["launch"]
+    assert (finding.state, "files of ros-launch lie in Trivet's" in finding.found) == ("problem", True)
+    assert finding.fix == f"{PIP} uninstall -y ros-launch && {PIP} install --force-reinstall --no-deps trivet"
 
 
 @pytest.mark.parametrize("versions", BAD_VERSIONS, ids=lambda versions: "+".join(versions))
@@ -160,35 +189,23 @@ def test_the_versions_of_our_own_lock_files_are_no_known_bad_pair(lock):
     assert known_bad.known_bad_pairs({packages.normalised(name): version for name, version in pinned}) == []
 
 
-def test_a_requirement_of_a_package_that_another_breaks_is_a_problem_where_trivet_uses_the_package(install, by_subject):
-    install("torchvision", "0.17.0", requires=["torch==2.2.0"])
-    install("torch", "2.13.0")
-    installed = {"torchvision": "0.17.0", "torch": "2.13.0"} | PACKAGING
-    finding = by_subject(known_bad.broken_requirements(installed, []))["torch"]
-    assert (finding.state, "torchvision 0.17.0 needs torch==2.2.0" in finding.found) == ("problem", True)
-
-
-def test_a_requirement_of_a_package_that_trivet_does_not_use_is_a_note(install, by_subject):
-    install("someones-plots", "1.0", requires=["torch<2"])
-    install("torch", "2.13.0")
-    installed = {"someones-plots": "1.0", "torch": "2.13.0"} | PACKAGING
-    assert by_subject(known_bad.broken_requirements(installed, []))["torch"].state == "note"
-
-
-def test_requirements_of_extras_and_of_other_systems_are_not_looked_at(install):
-    install("some-tool", "1.0", requires=["torch<2; extra == 'old'", "torch<2; sys_platform == 'win32'"])
-    install("torch", "2.13.0")
-    assert known_bad.broken_requirements({"some-tool": "1.0", "torch": "2.13.0"} | PACKAGING, []) == []
-
-
-def test_an_installation_without_the_makefile_is_mended_by_pip(monkeypatch, tmp_path):
-    assert repair.reinstall() == f"make -C {ROOT} clean install"
-    monkeypatch.setattr(repair, "HOME", tmp_path)
-    assert repair.reinstall().startswith(f"{sys.executable} -m pip install --force-reinstall")
-
-
 def test_what_is_asked_before_anything_else_needs_the_standard_library_only():
     script = "import sys, launch.doctor; print(sorted(m.partition('.')[0] for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
     loaded = set(eval(done.stdout))
     assert not loaded & {"torch", "numpy", "rich", "pydantic", "packaging", "typer", "yaml", "onnxruntime", "ray"}
+
+
+def test_what_is_no_version_lies_in_no_range_and_breaks_no_check(install, by_subject):
+    install("torch", "no version")
+    installed = {"torch": "no version"} | PACKAGING
+    assert known_bad.known_bad_pairs(installed) == []
+    assert by_subject(packages._outside([["torch<3,>=2.13"]], installed))["torch"].state == "problem"
+
+    class Older:
+        """The range of an older packaging, which raises instead."""
+
+        def contains(self, version, prereleases):
+            raise InvalidVersion(version)
+
+    assert packages.contains(Older(), "no version") is False

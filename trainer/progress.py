@@ -1,0 +1,111 @@
+"""What is kept of a run's progress, and in which order: a checkpoint, its status, and at the end the model."""
+
+import shutil
+from typing import Any
+
+from trainer import checkpoint, disk_space, model_dir, run_folder
+from trainer.build import Parts
+from trainer.checkpoint import Counters
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.guards import RunFailed, StopRequest, writing
+from trainer.metrics import RunLog, Terminal, peak_memory_bytes
+from trainer.strategies import count_parameters
+
+STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
+
+
+def save(config: RunConfig, parts: Parts, done: Counters) -> None:
+    """Write a checkpoint on all ranks, and that the run has come this far."""
+    folder = config.run.folder / "checkpoints"
+    with writing(f"{folder}: the checkpoint of step {done.step}", config.run.folder):
+        checkpoint.save(
+            folder, parts.world, parts.model, parts.optimizer, done,
+            keep=config.checkpoint.keep, fingerprints=parts.fingerprints,
+        )  # fmt: skip
+    write_status(config, parts.world, "running", None, done.step)
+
+
+def save_before_model(config: RunConfig, parts: Parts, done: Counters) -> None:
+    """Write the last checkpoint, so that a model that cannot be written costs no step.
+
+    The model is what the run is for: where the disk has no room for both, it goes without.
+    """
+    world = parts.world
+    has_room = world.is_main and disk_space.has_room_for_one_more(config, world.accelerator.unwrap_model(parts.model))
+    if not world.any(has_room):
+        return
+    try:
+        save(config, parts, done)
+    except RunFailed as error:
+        if world.is_main:
+            Terminal.say_once(f"warning: {error}; going on to the model")
+
+
+def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
+    """Say that the run stopped where everything is saved; return the exit code."""
+    reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
+    write_status(config, world, "stopped", STOPPED, done.step, reason)
+    if log is not None:
+        log.say(f"stopped at step {done.step}; start it again to go on")
+    return STOPPED
+
+
+def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float]) -> None:
+    """Write the model directory and result.json, then the status that says so.
+
+    Removes the last checkpoint where none are asked for: from here on it would only take space.
+    """
+    world, folder = parts.world, config.run.folder
+    if world.is_main:
+        model = world.accelerator.unwrap_model(parts.model)
+        counts = count_parameters(model)  # before a LoRA is merged
+        with writing(f"{folder / 'model'}: the model", folder):
+            model_dir.save_model(
+                folder / "model", model, parts.tokenizer, config,
+                labels=parts.objective.labels, step=done.step, metrics=metrics,
+            )  # fmt: skip
+        with writing(f"{folder / 'result.json'}", folder):
+            run_folder.write_result(folder, **_result(config, parts, done, metrics, *counts))
+    world.barrier()
+    write_status(config, world, "done", 0, done.step)
+    if world.is_main and config.checkpoint.every is None:
+        shutil.rmtree(checkpoint.step_folder(folder / "checkpoints", done.step), ignore_errors=True)
+
+
+def write_status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:
+    """Write status.json on the main rank. Raises RunFailed where the disk has no room."""
+    if world.is_main:
+        with writing(f"{config.run.folder / 'status.json'}", config.run.folder):
+            run_folder.write_status(config.run.folder, state, code=code, step=step, reason=reason)
+
+
+def _result(
+    config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float], learning: int, total: int
+) -> dict[str, Any]:
+    score_name, score_mode = parts.objective.score
+    return {
+        "objective": config.objective.type,
+        "strategy": config.strategy.type,
+        "steps": done.step,
+        "score": metrics[score_name],
+        "score_name": score_name,
+        "score_mode": score_mode,
+        "metrics": metrics,
+        "initial_metrics": _initial_metrics(config),
+        "baseline": parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
+        "trainable_parameters": learning,
+        "total_parameters": total,
+        "tokens": done.total_tokens,
+        "seconds": done.elapsed_s,
+        "tokens_per_s": done.total_tokens / max(done.elapsed_s, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "data_fingerprint": parts.splits.fingerprint,
+        "world_size": parts.world.size,
+    }
+
+
+def _initial_metrics(config: RunConfig) -> dict[str, Any]:
+    entries = run_folder.read_metrics(config.run.folder / "metrics.jsonl")
+    first = next((entry for entry in entries if entry["kind"] == "eval" and entry["step"] == 0), {})
+    return {name: value for name, value in first.items() if name not in ("kind", "step", "elapsed_s")}
