@@ -150,7 +150,7 @@ def _answers(when: str, tuned: Tuned, model: str, questions: list[str]) -> list[
 def _table(section: Section) -> Table:
     table = Table(title=section.title, title_justify="left", show_lines=True)
     for name in section.columns:
-        table.add_column(name, ratio=1)
+        table.add_column(name, ratio=1, overflow="fold")
     for row in section.rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     return table
