@@ -1,6 +1,7 @@
 """What trackers get: numbers and the config; text only when asked; nothing twice; and a run never fails of them."""
 
 import json
+import time
 import sys
 from typing import ClassVar
 
@@ -52,6 +53,14 @@ def bytes_below(folder) -> bytes:
     return b"\n".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+def written_by_wandb(folder) -> bytes:
+    """What lies in W&B's folder once its own process, which writes after we have ended, has written the metrics."""
+    deadline = time.monotonic() + 30
+    while b"eval/eval_loss" not in (found := bytes_below(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def metric_history(config: RunConfig, name: str) -> list[tuple[int, float]]:
     from mlflow import MlflowClient
 
@@ -62,7 +71,7 @@ def metric_history(config: RunConfig, name: str) -> list[tuple[int, float]]:
 def test_wandb_gets_numbers_and_config_and_no_text(config, train, wandb_offline):
     run = config("wandb")
     assert train(run) == 0
-    sent = bytes_below(run.run.folder / "wandb")
+    sent = written_by_wandb(run.run.folder / "wandb")
     assert b"train/loss" in sent
     assert b"eval/eval_loss" in sent
     assert b"hidden_size" in sent
