@@ -1,8 +1,8 @@
 """What trackers get: numbers and the config; text only when asked; nothing twice; and a run never fails of them."""
 
 import json
-import time
 import sys
+import time
 from typing import ClassVar
 
 import pytest
