@@ -5,6 +5,7 @@ Python takes whichever comes first. Standard library only, since nothing else is
 """
 
 import base64
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -40,6 +41,7 @@ def main() -> None:
     main()
 
 
+@functools.cache  # `main` asks, and then `launch` when it is imported
 def refuse_foreign_packages() -> None:
     """End the process with exit code 2, saying which folder or distribution shadows which package, if one does."""
     if message := foreign_package():
@@ -62,7 +64,7 @@ def foreign_packages() -> list[Foreign]:
 
 
 def foreign_owners(name: str) -> list[str]:
-    """Return the other distributions that install a package of this name."""
+    """Return the other distributions that install a package of this name. Slow: it reads what every one installed."""
     return sorted({owner for owner in importlib.metadata.packages_distributions().get(name, ()) if owner != "trivet"})
 
 
@@ -70,12 +72,13 @@ def _foreign(name: str) -> Foreign | None:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return Foreign(name, f"Trivet's own package is missing in {HOME}", "install Trivet again")
-    found, owners = Path(spec.origin).resolve(), tuple(foreign_owners(name))
+    found = Path(spec.origin).resolve()
     if found != HOME / name / "__init__.py":
         first = found.parent if found.name == "__init__.py" else found
-        owners = owners if INSTALLED.intersection(found.parts) else ()
+        owners = tuple(foreign_owners(name)) if INSTALLED.intersection(found.parts) else ()
         return Foreign(name, f"{first} comes before Trivet's own {HOME / name}", _mend(first, owners), owners, first)
     if _was_overwritten(f"{name}/__init__.py"):
+        owners = tuple(foreign_owners(name))
         whose = " and ".join(owners) or "another package"
         mend = f"uninstall {whose}, then install Trivet again, in an environment of its own"
         return Foreign(name, f"files of {whose} lie in Trivet's {HOME / name}", mend, owners)

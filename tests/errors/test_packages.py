@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import trivet
+
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("trainer", "serving", "launch")
 
@@ -92,6 +94,13 @@ def record(site: Path, distribution: str, files: list[str]) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
     hashes = {file: urlsafe_b64encode(sha256((site / file).read_bytes()).digest()).decode()[:-1] for file in files}
     (info / "RECORD").write_text("".join(f"{file},sha256={value},1\n" for file, value in hashes.items()))
+
+
+def test_a_healthy_start_does_not_read_what_every_distribution_installed(monkeypatch):
+    monkeypatch.setattr(
+        trivet.importlib.metadata, "packages_distributions", lambda: pytest.fail("that takes half a second")
+    )
+    assert trivet.foreign_packages() == []
 
 
 def test_a_wheel_that_overwrote_ours_is_named(installed, error_of, tmp_path):
