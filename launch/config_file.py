@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serving import directory
+from serving import directory, format_version
 from serving.directory import BadInput
+from trainer.config import flat
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -40,8 +41,6 @@ def load(path: Path, overrides: list[str], model: type[Config]) -> Config:
     or range.
     """
     path = Path(path)
-    if path.is_file():
-        directory.refuse_newer(path)
     values = read_yaml(path)
     # A changed type empties its section first, so that the other type's keys do not linger.
     for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".type")):
@@ -54,9 +53,14 @@ def load(path: Path, overrides: list[str], model: type[Config]) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises ConfigError if it is missing, broken or not a mapping."""
+    """Return the mapping in a YAML file. Raises ConfigError if it is missing, broken or not a mapping.
+
+    Raises NewerFormat for a saved config of a format that this Trivet does not know.
+    """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        directory.current(path, format_version.of_comment(text))
+        values = yaml.load(text, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; check the path") from None
     except IsADirectoryError:
@@ -81,16 +85,9 @@ def to_yaml(config: BaseModel) -> str:
 
 def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ between two configs, with both values (None where it has no such)."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return {key: (before.get(key), after.get(key)) for key in keys}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

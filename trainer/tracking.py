@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from serving import directory
 from serving.directory import BadInput
-from trainer.config import Log, RunConfig
+from trainer.config import Log, RunConfig, flat
 from trainer.redact import redacted
 
 PROJECT = "trivet"  # where the user names none with the tracker's own variable
@@ -133,7 +133,7 @@ class Mlflow:
             found = self._client.get_experiment_by_name(experiment)
             place = found.experiment_id if found else self._client.create_experiment(experiment)
             self.id = self._client.create_run(place, run_name=config.run.name).info.run_id
-            params = [entities.Param(key, str(value)) for key, value in _flat(config.model_dump(mode="json")).items()]
+            params = [entities.Param(key, str(value)) for key, value in flat(config.model_dump(mode="json")).items()]
             self._client.log_batch(self.id, params=params)
         else:
             self.id = known
@@ -165,10 +165,3 @@ _FIX = {
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
     "mlflow": "set MLFLOW_TRACKING_URI to a server that answers",
 }
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

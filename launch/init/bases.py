@@ -1,6 +1,7 @@
 """The model that a new config starts from, and what is known about it before anything heavy is loaded."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,15 +143,8 @@ def _count_parameters(folder: Path) -> int | None:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        total += sum(_product(shape) for shape in shapes)
+        total += sum(map(math.prod, shapes))
     return total or None
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _counter(path: str, ascii_per_token: float, tokens_per_other_byte: float) -> TokenCounter:
