@@ -158,7 +158,7 @@ def _keys_by_type(dotted: str, field: Schema, defs: dict[str, Schema]) -> Iterat
     yield Key(dotted, "section", "" if "default" in field else "required", field.get("description", ""))
     yield Key(f"{dotted}.type", " | ".join(types), default, "What kind it is; each has keys of its own.")
     for kind, member in zip(types, members, strict=True):
-        yield Key(f"{dotted}.type={kind}", "", "", member["description"])
+        yield Key(f"{dotted}.type={kind}", "", "", " ".join(member["description"].split()))
         yield from _keys(member, defs, prefix=f"{dotted}.", when=kind)
 
 
@@ -174,7 +174,8 @@ def accepts(node: Schema) -> str:
     if kind == "array":
         words = f"list of {accepts(node['items'])}"
     elif kind == "object":
-        words = "mapping"
+        values = node.get("additionalProperties")
+        words = f"mapping to {accepts(values)}" if isinstance(values, dict) else "mapping"
     else:
         words = "path" if node.get("format") == "path" else _SCALARS[kind]
     unknown = node.keys() - _BOUNDS.keys() - _ABOUT - {"type", "items"}

@@ -78,16 +78,16 @@ def labels_by_training_code(model_dir: Path, rows: list[dict[str, str]]) -> list
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from trainer.config import FileData
+    from trainer.config import Classification, FileData
     from trainer.objectives import OBJECTIVES
     from trainer.objectives.base import model_inputs
 
     data = FileData(type="files", train="train.csv", text="text", label="mood")
-    objective = OBJECTIVES["classification"](data, rows)
+    objective = OBJECTIVES["classification"](Classification(type="classification"), data, rows)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
     examples = objective.encode(rows, tokenizer, 24)
-    batch = objective.collate(objective.to_rows(examples, 24), tokenizer.pad_token_id)
+    batch = objective.collate([[each] for each in examples], tokenizer.pad_token_id, [0] * len(examples))
     with torch.no_grad():
         numbers = model(**model_inputs(batch)).logits.argmax(-1)
     return [model.config.id2label[number] for number in numbers.tolist()]

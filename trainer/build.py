@@ -16,7 +16,8 @@ from trainer.feed import Feed, micro_rows
 from trainer.metrics import Terminal
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.optim import build_optimizer
-from trainer.sources import Splits, read_splits, tell_left_out
+from trainer.packing import Row, pack
+from trainer.sources import DataError, Splits, read_splits, tell_left_out
 from trainer.strategies import STRATEGIES, count_parameters
 from trainer.tokenizers import load_tokenizer, train_tokenizer
 
@@ -54,11 +55,11 @@ def build(config: RunConfig) -> Parts:
     if isinstance(config.tokenizer, PretrainedTokenizer) and config.tokenizer.path is not None:
         hub.check_reachable(config.tokenizer.path, "tokenizer.path")
     splits = read_splits(config.data, config.objective.type)
-    objective = OBJECTIVES[config.objective.type](config.data, splits.train)
+    objective = OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
     tokenizer = build_tokenizer(config, objective, splits)
     length = config.batch.max_length
-    train_rows = objective.to_rows(objective.encode(splits.train, tokenizer, length), length)
-    held_out_rows = objective.to_rows(objective.encode(splits.held_out, tokenizer, length), length)
+    train_rows = make_rows(objective, splits.train, tokenizer, length)
+    held_out_rows = make_rows(objective, splits.held_out, tokenizer, length)
     feed = Feed(
         config, objective, train_rows, held_out_rows,
         pad_id=tokenizer.pad_token_id, rank=world.rank, world_size=world.size,
@@ -75,6 +76,14 @@ def build(config: RunConfig) -> Parts:
         Terminal.say_once(describe(config, world, model, splits, num_rows=len(train_rows)))
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
     return Parts(world, splits, objective, tokenizer, feed, model, optimizer, fingerprints)
+
+
+def make_rows(objective: Objective, rows: list, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Return the rows that batches are made of. Raises DataError where nothing can be learned from."""
+    examples = objective.encode(rows, tokenizer, max_length)
+    if not examples:
+        raise DataError(objective.nothing_left(len(rows), max_length))
+    return pack(examples, max_length) if objective.packs else [[example] for example in examples]
 
 
 def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from trainer.config import FileData
+from trainer.config import Columns
 from trainer.data_files import DataError, Row
 
 Messages = list[dict[str, str]]
@@ -28,7 +28,7 @@ def place(row: Row, index: int) -> str:
     return getattr(row, "place", f"row {index + 1}")
 
 
-def text_of(row: Row, index: int, data: FileData, setting: str = "text") -> str:
+def text_of(row: Row, index: int, data: Columns, setting: str = "text") -> str:
     """Return the text in the column that `data.<setting>` names.
 
     Raises BadRow if it is missing, no text, or, where rows may be left out, empty.
@@ -42,7 +42,7 @@ def text_of(row: Row, index: int, data: FileData, setting: str = "text") -> str:
     return text
 
 
-def label_of(row: Row, index: int, data: FileData) -> str:
+def label_of(row: Row, index: int, data: Columns) -> str:
     """Return the class of a row: a name, a whole number (1.0 is 1), true or false. Raises BadRow for anything else."""
     label = _value(row, index, data, "label")
     if isinstance(label, bool):
@@ -55,12 +55,12 @@ def label_of(row: Row, index: int, data: FileData) -> str:
     return str(label)
 
 
-def labelled_text_of(row: Row, index: int, data: FileData) -> tuple[str, str]:
+def labelled_text_of(row: Row, index: int, data: Columns) -> tuple[str, str]:
     """Return the text of a row and its class. Raises BadRow."""
     return text_of(row, index, data), label_of(row, index, data)
 
 
-def chat_of(row: Row, index: int, data: FileData) -> Messages:
+def chat_of(row: Row, index: int, data: Columns) -> Messages:
     """Return the turns of a row: those of its `messages`, or its prompt (system and context with it) and completion.
 
     Raises BadRow if they are missing, not well formed, or the assistant says nothing.
@@ -83,7 +83,7 @@ def chat_of(row: Row, index: int, data: FileData) -> Messages:
 TAKES: dict[str, Callable[..., object]] = {"causal_lm": text_of, "sft": chat_of, "classification": labelled_text_of}
 
 
-def _value(row: Row, index: int, data: FileData, setting: str) -> Any:
+def _value(row: Row, index: int, data: Columns, setting: str) -> Any:
     name = getattr(data, setting)
     if row.get(name) is None:
         problem = f" has no {name!r}; it has: {', '.join(row) or 'none'}; name one of them"
@@ -91,7 +91,7 @@ def _value(row: Row, index: int, data: FileData, setting: str) -> Any:
     return row[name]
 
 
-def _pair(row: Row, index: int, data: FileData) -> Messages:
+def _pair(row: Row, index: int, data: Columns) -> Messages:
     prompt, completion = text_of(row, index, data, "prompt"), text_of(row, index, data, "completion")
     if data.context is not None and row.get(data.context):  # many rows of such data have none
         prompt = f"{prompt}\n\n{text_of(row, index, data, 'context')}"

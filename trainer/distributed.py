@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -53,6 +54,14 @@ class World:
         """Return each value summed over the ranks, in fp64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(total, "sum").tolist() if self.size > 1 else total.tolist()
+
+    def sum_arrays(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return each array, of any shape, summed over the ranks, in fp64. Every rank has the same names and shapes."""
+        sums = iter(self.sum([x for array in arrays.values() for x in np.ravel(array)]))
+        return {
+            name: np.array([next(sums) for _ in range(np.size(array))]).reshape(np.shape(array))
+            for name, array in arrays.items()
+        }
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is up on some rank: the same answer on all of them."""

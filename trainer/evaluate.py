@@ -3,26 +3,26 @@
 import torch
 
 from trainer.distributed import World
-from trainer.objectives import Objective
+from trainer.feed import Feed
+from trainer.objectives import Objective, Totals
 from trainer.packing import Batch
 
 
-def evaluate(world: World, model: torch.nn.Module, objective: Objective, batches: list[Batch]) -> dict[str, float]:
-    """Return the objective's metrics over every rank's batches (ranks may hold unequal numbers, or none).
+def evaluate(world: World, model: torch.nn.Module, objective: Objective, feed: Feed) -> dict[str, float]:
+    """Return the objective's metrics over every rank's held-out batches; only their sums are kept.
 
-    Runs the bare model: the wrapper of a mode may expect every rank to run the same number of batches.
+    Runs the bare model: the wrapper of a mode may expect a backward pass after each forward pass.
     """
     bare = world.accelerator.unwrap_model(model)
     bare.eval()
-    count, totals = 0, dict.fromkeys(objective.sum_names, 0.0)
+    totals: Totals = {}
     with torch.no_grad(), world.accelerator.autocast():
-        for batch in batches:
+        for batch, counts in feed.evaluation():
             sums = objective.sums(bare, to_device(world, batch))
-            count += objective.count(batch)
-            totals = {name: total + float(sums[name]) for name, total in totals.items()}
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value.double().cpu().numpy() * counts
     bare.train()
-    all_count, *all_totals = world.sum([count, *totals.values()])
-    return objective.summarize(dict(zip(totals, all_totals, strict=True)), all_count)
+    return objective.summarize(world.sum_arrays(totals))
 
 
 def to_device(world: World, batch: Batch) -> Batch:

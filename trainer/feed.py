@@ -7,7 +7,7 @@ from serving.directory import BadInput
 from trainer import order
 from trainer.config import RunConfig
 from trainer.objectives import Objective
-from trainer.packing import IGNORED, Batch, Row
+from trainer.packing import Batch, Row
 
 
 class Feed:
@@ -34,9 +34,10 @@ class Feed:
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield this rank's batches of 0-based `step`, in the order they are run, each made when it is asked for."""
         parts = order.rows_of_rank(
-            self.rows_at(step), rank=self.rank, world_size=self.world_size, micro_rows=self.micro_rows
+            self._drawn_at(step), rank=self.rank, world_size=self.world_size, micro_rows=self.micro_rows
         )
-        yield from (self._collate([self.train[i] for i in part]) for part in parts)
+        for part in parts:
+            yield self._collate([self.train[row] for row, _ in part], [draw for _, draw in part])
 
     def rows_at(self, step: int) -> list[int]:
         """Return the row indices of the global batch at `step`."""
@@ -46,9 +47,9 @@ class Feed:
         """Return the number of real tokens, over all ranks, that `step` reads."""
         return sum(num_tokens(self.train[i]) for i in self.rows_at(step))
 
-    def targets_at(self, step: int) -> int:
-        """Return the number of targets that carry loss, over all ranks, in `step`."""
-        return sum(num_targets(self.train[i]) for i in self.rows_at(step))
+    def count_at(self, step: int) -> float:
+        """Return what the loss of `step` is divided by, over all ranks: its targets that carry loss."""
+        return sum(self.objective.count(self.train[row], draw) for row, draw in self._drawn_at(step))
 
     def longest(self, num_rows: int | None = None) -> Batch:
         """Return the micro-batch that needs the most memory, or only its first `num_rows`: the longest rows.
@@ -57,16 +58,32 @@ class Feed:
         """
         wanted = num_rows or self.micro_rows
         rows = heapq.nlargest(wanted, self.train, key=num_tokens)
-        return self._collate([rows[i % len(rows)] for i in range(wanted)])
+        return self._collate([rows[i % len(rows)] for i in range(wanted)], [0] * wanted)
 
-    def evaluation(self) -> list[Batch]:
-        """Return this rank's part of the held-out batches."""
+    def evaluation(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield this rank's part of the held-out batches, and whether each counts.
+
+        Every rank gets the same number of them, since some modes run forward passes together: where the last ones
+        are missing, a rank gets one that does not count.
+        """
         size = self.micro_rows
-        batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
-        return [self._collate(batch) for batch in batches[self.rank :: self.world_size]]
+        starts = range(0, len(self.held_out), size)
+        for i in range(0, len(starts), self.world_size):
+            at = i + self.rank
+            start = starts[at if at < len(starts) else i]
+            rows = range(start, min(start + size, len(self.held_out)))
+            draws = [order.draw_of_held_out_row(self.seed, row) for row in rows]
+            yield self._collate([self.held_out[row] for row in rows], draws), at < len(starts)
 
-    def _collate(self, rows: list[Row]) -> Batch:
-        return self.objective.collate(rows, self.pad_id)
+    def _drawn_at(self, step: int) -> list[tuple[int, int]]:
+        """The rows of the global batch at `step`, each with its seed."""
+        start, num_rows = step * self.rows_per_step, len(self.train)
+        return [
+            (row, order.draw_of_row(self.seed, start + i, num_rows, row)) for i, row in enumerate(self.rows_at(step))
+        ]
+
+    def _collate(self, rows: list[Row], draws: list[int]) -> Batch:
+        return self.objective.collate(rows, self.pad_id, draws)
 
 
 def micro_rows(config: RunConfig, world_size: int) -> int:
@@ -83,8 +100,3 @@ def micro_rows(config: RunConfig, world_size: int) -> int:
 def num_tokens(row: Row) -> int:
     """Return the number of real tokens in a row."""
     return sum(len(example.input_ids) for example in row)
-
-
-def num_targets(row: Row) -> int:
-    """Return the number of targets in a row that carry loss."""
-    return sum(int((example.targets != IGNORED).sum()) for example in row)

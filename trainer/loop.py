@@ -55,7 +55,7 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
     for step in range(done.step, config.run.steps):
         step_started, data_wait_s = time.perf_counter(), 0.0
         # Ranks hold different numbers of targets, so divide by the global count: a mean of means is biased.
-        count = feed.targets_at(step)
+        count = feed.count_at(step)
         loss_sum = torch.zeros((), device=world.accelerator.device)
         batches = feed.micro_batches(step)
         for i in range(feed.accumulation):
@@ -185,7 +185,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float) -> dict[str, float]:
     """Return the held-out metrics after `step` steps, logged on the main rank. Raises NotFinite for NaN or infinity."""
-    metrics = evaluate(parts.world, parts.model, parts.objective, parts.feed.evaluation())
+    metrics = evaluate(parts.world, parts.model, parts.objective, parts.feed)
     for name, value in metrics.items():
         if not math.isfinite(value):
             mend = "lower optim.lr" if step else "the model that the run starts from is broken, or a held-out row is"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import FileData
+from trainer.build import make_rows
+from trainer.config import CausalLM, FileData
 from trainer.objectives import OBJECTIVES
 from trainer.packing import Example
 from trainer.sources import DataError, read_rows
@@ -16,7 +17,7 @@ COLUMNS = FileData(type="files", train="data.jsonl")
 
 @pytest.fixture
 def objective():
-    return OBJECTIVES["causal_lm"](COLUMNS, [])
+    return OBJECTIVES["causal_lm"](CausalLM(type="causal_lm"), COLUMNS, [])
 
 
 def test_every_token_after_the_first_and_the_end_is_a_target_once(objective, tokenizer):
@@ -32,7 +33,7 @@ def test_every_token_after_the_first_and_the_end_is_a_target_once(objective, tok
 def test_an_empty_text_is_left_out_and_all_empty_is_refused(objective, tokenizer):
     assert len(objective.encode([{"text": ""}, {"text": "a b"}], tokenizer, 64)) == 1
     with pytest.raises(DataError, match=r"data\.text: all 2 rows are empty"):
-        objective.encode([{"text": ""}, {"text": ""}], tokenizer, 64)
+        make_rows(objective, [{"text": ""}, {"text": ""}], tokenizer, 64)
 
 
 def test_a_missing_column_and_a_value_that_is_no_text_name_setting_file_and_line(objective, tmp_path, write_rows):
@@ -42,7 +43,7 @@ def test_a_missing_column_and_a_value_that_is_no_text_name_setting_file_and_line
         list(objective.texts(rows))
     with pytest.raises(DataError, match=rf"data\.text: {path}, line 3 holds a int"):
         list(objective.texts(rows[2:]))
-    other = OBJECTIVES["causal_lm"](FileData(type="files", train=path, text="body"), [])
+    other = OBJECTIVES["causal_lm"](CausalLM(type="causal_lm"), FileData(type="files", train=path, text="body"), [])
     assert list(other.texts(rows[1:2])) == ["b"]
 
 
@@ -51,14 +52,16 @@ def test_the_loss_sum_is_the_model_s_own_mean_times_its_count(objective, tokeniz
 
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     [example] = objective.encode([{"text": "the file that it has read"}], tokenizer, 64)
-    batch = objective.collate([[example]], tokenizer.pad_token_id)
+    batch = objective.collate([[example]], tokenizer.pad_token_id, [0])
     inputs = torch.tensor([[*example.input_ids.tolist(), int(example.targets[-1])]])
     mean = model(inputs, labels=inputs).loss  # transformers shifts the labels itself
-    assert objective.sums(model, batch)["loss"].item() == pytest.approx(mean.item() * objective.count(batch), rel=1e-5)
+    sums = objective.sums(model, batch)
+    assert sums["count"] == len(example.targets) == objective.count([example], 0)
+    assert sums["loss"].item() == pytest.approx(mean.item() * len(example.targets), rel=1e-5)
 
 
 def test_perplexity_and_the_unigram_baseline_worked_by_hand(objective):
-    assert objective.summarize({"loss": 2 * math.log(8)}, 2.0) == pytest.approx(
+    assert objective.summarize({"loss": 2 * math.log(8), "count": 2.0}) == pytest.approx(
         {"eval_loss": math.log(8), "perplexity": 8.0}
     )
     rows = [[[Example(np.array([0, 0, 0]), np.array([1, 1, 2]))]], [[Example(np.array([0, 0]), np.array([1, 3]))]]]

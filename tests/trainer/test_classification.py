@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import FileData
+from trainer.config import Classification, FileData
 from trainer.objectives import OBJECTIVES
 from trainer.packing import Example
 from trainer.sources import DataError, read_rows
@@ -19,12 +19,12 @@ ROWS = [
 
 @pytest.fixture
 def objective():
-    return OBJECTIVES["classification"](COLUMNS, ROWS)
+    return OBJECTIVES["classification"](Classification(type="classification"), COLUMNS, ROWS)
 
 
 def test_labels_are_sorted_and_numbers_become_text():
     rows = [{"text": "a", "label": 10}, {"text": "b", "label": 9}, {"text": "c", "label": 10}]
-    assert OBJECTIVES["classification"](COLUMNS, rows).labels == ["10", "9"]
+    assert OBJECTIVES["classification"](Classification(type="classification"), COLUMNS, rows).labels == ["10", "9"]
 
 
 def test_examples_are_the_tokens_and_the_number_of_the_label(objective, tokenizer):
@@ -46,17 +46,19 @@ def test_a_held_out_label_that_training_never_saw_is_refused(objective, tokenize
 @pytest.mark.parametrize("label", ["", ["noun"], {"a": 1}, 1.5])
 def test_a_label_that_names_no_class_is_refused(label):
     with pytest.raises(DataError, match=r"data\.label: row 3: .* found; expected a name or a whole number"):
-        OBJECTIVES["classification"](COLUMNS, [*ROWS[:2], {"text": "x", "label": label}])
+        OBJECTIVES["classification"](
+            Classification(type="classification"), COLUMNS, [*ROWS[:2], {"text": "x", "label": label}]
+        )
 
 
 def test_one_label_alone_is_refused():
     with pytest.raises(DataError, match="every training row has the label 'noun'"):
-        OBJECTIVES["classification"](COLUMNS, ROWS[:1])
+        OBJECTIVES["classification"](Classification(type="classification"), COLUMNS, ROWS[:1])
 
 
 def test_a_row_without_a_label_names_the_columns_it_has():
     with pytest.raises(DataError, match=r"data\.label: row 1 has no 'label'; it has: text"):
-        OBJECTIVES["classification"](COLUMNS, [{"text": "a"}])
+        OBJECTIVES["classification"](Classification(type="classification"), COLUMNS, [{"text": "a"}])
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
@@ -72,7 +74,7 @@ def test_the_loss_equals_transformers_own_and_padding_changes_no_logit(objective
     )
     model = STRATEGIES[strategy](model, {"full": Full, "lora": Lora}[strategy](type=strategy)).eval()
     examples = objective.encode(ROWS, tokenizer, 64)
-    batch = objective.collate(objective.to_rows(examples, 64), tokenizer.pad_token_id)
+    batch = objective.collate([[each] for each in examples], tokenizer.pad_token_id, [0] * len(examples))
     alone = [torch.from_numpy(example.input_ids.astype(np.int64))[None] for example in examples]
     with torch.no_grad():
         sums = objective.sums(model, batch)
@@ -82,10 +84,10 @@ def test_the_loss_equals_transformers_own_and_padding_changes_no_logit(objective
     torch.testing.assert_close(logits, torch.cat([output.logits for output in single]), rtol=1e-5, atol=1e-6)
     right = sum(output.logits.argmax().item() == e.targets[0] for output, e in zip(single, examples, strict=True))
     assert sums["correct"].item() == right
-    assert objective.count(batch) == 3
+    assert sums["count"] == sum(objective.count([example], 0) for example in examples) == 3
 
 
 def test_accuracy_and_the_majority_baseline_worked_by_hand(objective):
-    assert objective.summarize({"loss": 6.0, "correct": 3.0}, 4.0) == {"eval_loss": 1.5, "accuracy": 0.75}
+    assert objective.summarize({"loss": 6.0, "correct": 3.0, "count": 4.0}) == {"eval_loss": 1.5, "accuracy": 0.75}
     rows = [[[Example(np.array([1]), np.array([label]))] for label in labels] for labels in ([0, 1, 1], [1, 0, 1, 1])]
     assert objective.baseline(*rows, 300) == {"majority_accuracy": 0.75}

@@ -118,7 +118,7 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(make_config, parts
         parts = parts_of(config)
         seen.append(losses(config, read_lines))
         weights.append(torch.cat([p.detach().flatten() for p in parts.model.parameters()]))
-    counts = {parts.objective.count(parts.objective.collate([row], 0)) for row in parts.feed.train}
+    counts = {parts.objective.count(row, 0) for row in parts.feed.train}
     assert objective == "classification" or len(counts) > 1, "rows with equal counts prove nothing"
     for other in (1, 2):
         assert seen[other] == pytest.approx(seen[0], rel=1e-5)
@@ -155,7 +155,7 @@ def test_dropout_changes_training_and_not_evaluation(make_config, train, read_li
     with torch.no_grad():
         for name, weight in parts.model.named_parameters():
             weight += 0.1 * ("lora_B" in name)
-    first, second = (evaluate(parts.world, parts.model, parts.objective, parts.feed.evaluation()) for _ in range(2))
+    first, second = (evaluate(parts.world, parts.model, parts.objective, parts.feed) for _ in range(2))
     assert first == second
     assert all(module.training for module in parts.model.modules())
 

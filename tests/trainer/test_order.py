@@ -59,3 +59,13 @@ def test_each_micro_batch_of_each_rank_draws_its_own_dropout():
     assert len(set(seeds)) == len(places)
     assert seeds == [order.dropout_seed(*place) for place in places]
     assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed takes
+
+
+def test_what_is_drawn_for_a_row_changes_with_the_epoch_and_not_with_the_place_in_it():
+    first, later = (order.draw_of_row(0, position, 10, 3) for position in (2, 9))
+    assert first == later
+    assert (
+        len({first, order.draw_of_row(0, 10, 10, 3), order.draw_of_row(0, 2, 10, 4), order.draw_of_row(1, 2, 10, 3)})
+        == 4
+    )
+    assert order.draw_of_held_out_row(0, 3) not in {first, order.draw_of_held_out_row(0, 4)}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from serving.directory import BadInput
-from trainer.config import FileData
+from trainer.build import make_rows
+from trainer.config import SFT, FileData
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.sft import encode_chat
 from trainer.packing import IGNORED
@@ -22,7 +23,7 @@ CHAT = [
 
 @pytest.fixture
 def objective():
-    return OBJECTIVES["sft"](COLUMNS, [])
+    return OBJECTIVES["sft"](SFT(type="sft"), COLUMNS, [])
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_chat_is_cut_and_left_out_where_nothing_to_learn_remains(objective, to
 
 def test_chats_that_all_lose_their_answers_are_refused(objective, tokenizer):
     with pytest.raises(DataError, match=r"batch\.max_length: no chat keeps an assistant token within 8 tokens"):
-        objective.encode([{"messages": CHAT}], tokenizer, 8)
+        make_rows(objective, [{"messages": CHAT}], tokenizer, 8)
 
 
 def test_prompt_and_completion_are_a_chat_of_two_turns(objective, tokenizer):
@@ -149,7 +150,7 @@ def test_context_follows_the_prompt_after_a_blank_line_and_the_system_turn_comes
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
     ]
     chats = [{"messages": [{"role": "system", "content": "be kind"}, *chat]} for chat in turns]
-    objective = OBJECTIVES["sft"](data, [])
+    objective = OBJECTIVES["sft"](SFT(type="sft"), data, [])
     assert list(objective.texts(rows)) == ["be kind\nsum\n\n1 2\n3", "be kind\nhi\nyes"]
     for pair, chat in zip(objective.encode(rows, tokenizer, 64), objective.encode(chats, tokenizer, 64), strict=True):
         assert np.array_equal(pair.input_ids, chat.input_ids)

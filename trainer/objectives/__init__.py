@@ -1,6 +1,6 @@
-"""What is learned: rows -> examples -> batches -> loss sums and metrics. One file each."""
+"""What is learned: rows -> examples -> batches -> sums and metrics. One file each."""
 
-from trainer.objectives.base import Objective
+from trainer.objectives.base import Objective, Sums, Totals
 from trainer.objectives.causal_lm import CausalLMObjective
 from trainer.objectives.classification import ClassificationObjective
 from trainer.objectives.sft import SFTObjective
@@ -11,4 +11,4 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "classification": ClassificationObjective,
 }
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["OBJECTIVES", "Objective", "Sums", "Totals"]

@@ -1,60 +1,74 @@
 """The interface of an objective. It knows texts, tokens and tensors; not ranks, checkpoints or which weights learn."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import EmbeddedData, FileData
+from trainer.config import Columns, EmbeddedData, FileData
 from trainer.packing import IGNORED, Batch, Example, Row
 
 Sums = dict[str, torch.Tensor]
+Totals = dict[str, np.ndarray]
 
 
 class Objective(ABC):
-    """Built once per run from the data section and the training rows."""
+    """Built once per run from the objective and data sections and one pass over the training rows."""
 
     head: str  # the AutoModelFor... class of transformers
     score: tuple[str, str]  # the metric that ranks runs, and "min" or "max"
-    sum_names: tuple[str, ...] = ("loss",)  # the keys of `sums`
+    packs: bool  # a row of a batch holds several examples, up to the longest length; else one
     labels: list[str] | None = None
 
-    def __init__(self, data: EmbeddedData | FileData, train: list[dict[str, Any]]) -> None:
+    def __init__(self, section: Any, data: Columns | EmbeddedData, train: Iterable[dict[str, Any]]) -> None:
+        self.section = section
         self.columns = FileData(type="files", train="embedded") if isinstance(data, EmbeddedData) else data
 
     @abstractmethod
-    def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+    def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         """The plain text in the rows, for training a tokenizer."""
 
     @abstractmethod
-    def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-        """Return the examples of the rows, in order, each of at most `max_length` tokens."""
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
+    ) -> list[Example]:
+        """Return the examples of a part of the rows, in order, each of at most `max_length` tokens; maybe none.
+
+        `first` is the number of the first row in the whole, for errors that say where a row stands.
+        """
 
     @abstractmethod
-    def to_rows(self, examples: list[Example], max_length: int) -> list[Row]:
-        """Return the rows that batches are made of."""
+    def nothing_left(self, num_rows: int, max_length: int) -> str:
+        """Return the error for rows that gave no example at all."""
 
     @abstractmethod
-    def collate(self, rows: list[Row], pad_id: int) -> Batch:
-        """Return one batch: the model's inputs and `targets`."""
+    def collate(self, rows: list[Row], pad_id: int, draws: list[int]) -> Batch:
+        """Return one batch: the model's inputs and `targets`.
+
+        `draws` holds a seed for each row, a function of (run seed, epoch, row): whatever is random comes from it.
+        """
 
     @abstractmethod
     def sums(self, model: torch.nn.Module, batch: Batch) -> Sums:
-        """Run the model; return `loss` (summed, differentiable) and whatever else `summarize` needs, as sums."""
+        """Run the model; return tensors that add up over batches and ranks, of any shape.
+
+        Always `loss` (summed, a scalar, differentiable) and `count` (what the loss is divided by in the end).
+        """
 
     @abstractmethod
-    def summarize(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        """Return the metrics of sums over batches and ranks, `count` being the number of targets."""
+    def summarize(self, totals: Totals) -> dict[str, float]:
+        """Return the metrics of sums over batches and ranks, `eval_loss` among them."""
 
     @abstractmethod
-    def baseline(self, train: list[Row], held_out: list[Row], vocab_size: int) -> dict[str, float]:
+    def baseline(self, train: Sequence[Row], held_out: Sequence[Row], vocab_size: int) -> dict[str, float]:
         """Return what knowing only the frequencies in `train` would score on `held_out`."""
 
-    def count(self, batch: Batch) -> int:
-        """Return the number of targets that carry loss."""
-        return int((batch["targets"] != IGNORED).sum())
+    def count(self, row: Row, draw: int) -> float:
+        """Return what the row adds to `count` of `sums`, without running a model: the targets that carry loss."""
+        return sum(int((example.targets != IGNORED).sum()) for example in row)
 
 
 def model_inputs(batch: Batch) -> Batch:

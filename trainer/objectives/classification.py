@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.columns import label_of, place, text_of
-from trainer.config import EmbeddedData, FileData
+from trainer.config import Columns, EmbeddedData
 from trainer.losses import cross_entropy_sum
-from trainer.objectives.base import Objective, Sums, model_inputs
+from trainer.objectives.base import Objective, Sums, Totals, model_inputs
 from trainer.packing import Batch, Example, Row, collate_padded
 from trainer.sources import DataError
 
@@ -24,10 +24,10 @@ _MOST_FRACTIONS = 20
 class ClassificationObjective(Objective):
     head = "AutoModelForSequenceClassification"
     score = ("accuracy", "max")
-    sum_names = ("loss", "correct")
+    packs = False
 
-    def __init__(self, data: EmbeddedData | FileData, train: list[dict[str, Any]]) -> None:
-        super().__init__(data, train)
+    def __init__(self, section: Any, data: Columns | EmbeddedData, train: Iterable[dict[str, Any]]) -> None:
+        super().__init__(section, data, train)
         self.labels = sorted({label_of(row, index, self.columns) for index, row in enumerate(train)})
         if len(self.labels) < 2:
             raise DataError(f"data.label: every training row has the label {self.labels[0]!r}; at least two are needed")
@@ -38,15 +38,18 @@ class ClassificationObjective(Objective):
                 "whole numbers of classes: name another column, or put the numbers into classes first"
             )
 
-    def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+    def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield from (text_of(row, index, self.columns) for index, row in enumerate(rows))
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
+    ) -> list[Example]:
         assert self.labels is not None
         numbers = {label: number for number, label in enumerate(self.labels)}
-        encoded = tokenizer(list(self.texts(rows)), truncation=True, max_length=max_length)["input_ids"]
+        texts = [text_of(row, index, self.columns) for index, row in enumerate(rows, first)]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         examples = []
-        for index, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
+        for index, (row, ids) in enumerate(zip(rows, encoded, strict=True), first):
             label = label_of(row, index, self.columns)
             if label not in numbers:
                 known = ", ".join(self.labels[:20])
@@ -55,21 +58,23 @@ class ClassificationObjective(Objective):
             examples.append(Example(np.asarray(ids, np.int32), np.asarray([numbers[label]], np.int32)))
         return examples
 
-    def to_rows(self, examples: list[Example], max_length: int) -> list[Row]:
-        return [[example] for example in examples]
+    def nothing_left(self, num_rows: int, max_length: int) -> str:
+        return f"data.text: {num_rows} rows found, none of which can be learned from"
 
-    def collate(self, rows: list[Row], pad_id: int) -> Batch:
+    def collate(self, rows: list[Row], pad_id: int, draws: list[int]) -> Batch:
         return collate_padded(rows, pad_id)
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> Sums:
         logits = model(**model_inputs(batch)).logits
         correct = (logits.argmax(-1) == batch["targets"]).sum()
-        return {"loss": cross_entropy_sum(logits, batch["targets"]), "correct": correct}
+        count = torch.tensor(len(batch["targets"]))
+        return {"loss": cross_entropy_sum(logits, batch["targets"]), "count": count, "correct": correct}
 
-    def summarize(self, sums: dict[str, float], count: float) -> dict[str, float]:
-        return {"eval_loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
+    def summarize(self, totals: Totals) -> dict[str, float]:
+        loss, accuracy = (float(totals[name] / totals["count"]) for name in ("loss", "correct"))
+        return {"eval_loss": loss, "accuracy": accuracy}
 
-    def baseline(self, train: list[Row], held_out: list[Row], vocab_size: int) -> dict[str, float]:
+    def baseline(self, train: Sequence[Row], held_out: Sequence[Row], vocab_size: int) -> dict[str, float]:
         """The accuracy of always saying the commonest training label."""
         commonest = Counter(int(row[0].targets[0]) for row in train).most_common(1)[0][0]
         return {"majority_accuracy": sum(int(row[0].targets[0]) == commonest for row in held_out) / len(held_out)}

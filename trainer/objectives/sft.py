@@ -1,6 +1,6 @@
 """Supervised fine-tuning on chats: by the tokenizer's template, loss on the assistant's turns and their end only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,18 @@ from trainer.sources import DataError
 
 
 class SFTObjective(CausalLMObjective):
-    def texts(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+    def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for index, row in enumerate(rows):
             yield "\n".join(turn["content"] for turn in chat_of(row, index, self.columns))
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
+    ) -> list[Example]:
         """Chats longer than `max_length` are cut; one that keeps no assistant token is left out."""
         if not tokenizer.chat_template:
             raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")
         examples = []
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows, first):
             try:
                 ids, trained = encode_chat(chat_of(row, index, self.columns), tokenizer)
             except TemplateError as error:
@@ -32,9 +34,10 @@ class SFTObjective(CausalLMObjective):
             targets = np.where(trained[1:], ids[1:], IGNORED)[:max_length]
             if (targets != IGNORED).any():
                 examples.append(Example(ids[:-1][:max_length], targets))
-        if not examples:
-            raise DataError(f"batch.max_length: no chat keeps an assistant token within {max_length} tokens; raise it")
         return examples
+
+    def nothing_left(self, num_rows: int, max_length: int) -> str:
+        return f"batch.max_length: no chat keeps an assistant token within {max_length} tokens; raise it"
 
 
 def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
