@@ -22,6 +22,8 @@ def check_reachable(path: str, setting: str) -> None:
     """
     if Path(path).is_dir():
         return
+    if Path(path).is_file():
+        raise BadInput(f"{setting}: {path}: is a file; give the folder that holds it")
     if not _HUB_NAME.fullmatch(path):
         raise BadInput(f"{setting}: {path}: no such folder; check the path (it is relative to where you stand)")
     if isinstance(try_to_load_from_cache(path, "config.json"), str):

@@ -1,22 +1,18 @@
 """Models that are not what they should be are refused before anything learns."""
 
 import json
-import shutil
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from serving.directory import BadInput, DirectoryError
-from trainer import build, model_dir, models
-
-
-@pytest.fixture
-def base(base_model, tmp_path) -> Path:
-    """A copy of the base model that a test may break."""
-    return Path(shutil.copytree(base_model, tmp_path / "base"))
+from trainer import build, model_dir, model_folder, models
+from trainer.config import PretrainedModel
+from trainer.tokenizers import load_tokenizer
 
 
 @pytest.fixture
@@ -30,6 +26,12 @@ def refusal(base, make_config):
         return str(caught.value)
 
     return run
+
+
+def load(base: Path) -> torch.nn.Module:
+    """Return the language model at `base` as a run builds it."""
+    section = PretrainedModel(type="pretrained", path=str(base))
+    return models.build_model(section, load_tokenizer(str(base)), "AutoModelForCausalLM", None)
 
 
 def rewrite(base: Path, change) -> None:
@@ -83,13 +85,62 @@ def test_a_model_directory_that_was_altered_is_refused(base, make_config, tmp_pa
 
 
 def test_the_fingerprint_of_a_plain_model_follows_its_weights_and_its_config(base):
-    seen = {models.fingerprint(str(base))}
+    seen = {model_folder.fingerprint(str(base))}
     (base / "notes.md").write_text("not part of the model")
-    assert {models.fingerprint(str(base))} == seen
+    assert {model_folder.fingerprint(str(base))} == seen
     rewrite(base, lambda weights: weights["model.norm.weight"].add_(1))
-    seen.add(models.fingerprint(str(base)))
+    seen.add(model_folder.fingerprint(str(base)))
     config = json.loads((base / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     (base / "config.json").write_text(json.dumps(config))
-    seen.add(models.fingerprint(str(base)))
+    seen.add(model_folder.fingerprint(str(base)))
     assert len(seen) == 3
-    assert models.fingerprint("a/hub-name") is None
+    assert model_folder.fingerprint("a/hub-name") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "wombat"}, "its model_type is none that this release of transformers knows"),
+        ({"model_type": None}, "no model can be loaded from"),
+        ({"hidden_size": "wide"}, "no model can be loaded from"),
+        ({"num_attention_heads": 0}, "no model can be loaded from"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"its weights are quantized \(gptq\)"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(base, refusal, change, said):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    assert re.search(f"^model.path: .*{said}", refusal())
+
+
+def test_weights_of_another_architecture_are_told_from_missing_ones(base, refusal):
+    weights = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=300)).state_dict()
+    save_file({name: value.clone() for name, value in weights.items()}, base / "model.safetensors")
+    assert "its weights are of another model than its config.json, a llama: they hold transformer." in refusal()
+
+
+# --- how weights are stored ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_stored_in_half_precision_learn_in_fp32(base, dtype):
+    stored = AutoModelForCausalLM.from_pretrained(base).to(dtype)
+    stored.save_pretrained(base)
+    model = load(base)
+    expected = stored.state_dict()
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert all(torch.equal(value, expected[name].float()) for name, value in model.state_dict().items())
+
+
+def test_sharded_weights_are_read_whole(base):
+    whole = load(base)
+    (base / "model.safetensors").unlink()
+    whole.save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    again = load(base)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_tied_embeddings_stay_one_tensor(base):
+    model = load(base)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
