@@ -110,9 +110,16 @@ def open_source(path: Path) -> Source:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder, "model")
         check_files(folder, manifest)
+        if manifest.get("strategy") == "adapter":
+            raise ExportError(
+                f"{folder}: strategy adapter cannot be exported: a bottleneck adapter cannot be merged into its base; "
+                "train with strategy.type lora instead, which is merged"
+            )
         if manifest["objective"] not in TASK_OF:
             accepted = ", ".join(TASK_OF)
             raise ExportError(f"{folder}: objective {manifest['objective']} cannot be exported; accepted: {accepted}")
+        if manifest.get("text_pair"):
+            raise ExportError(f"{folder}: judges pairs of texts (data.text_pair); accepted: models of single texts")
     _check_files_present(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

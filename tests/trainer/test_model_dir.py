@@ -123,24 +123,6 @@ def test_the_manifest_vouches_for_every_file_and_says_where_the_model_is_from(ma
     assert not [path for path in config.run.folder.iterdir() if "partial" in path.name]
 
 
-def test_a_merge_that_changes_the_model_publishes_nothing(make_config, train, monkeypatch):
-    from peft.tuners.lora import Linear
-
-    merge = Linear.merge
-
-    def merge_twice(self, *args, **kwargs):
-        merge(self, *args, **kwargs)
-        with torch.no_grad():
-            self.base_layer.weight += 1e-2
-
-    monkeypatch.setattr(Linear, "merge", merge_twice)
-    config = make_config("sft", "lora")
-    with pytest.raises(RuntimeError, match="merging the LoRA changed the logits"):
-        train(config)
-    assert not (config.run.folder / "model").exists()
-    assert json.loads((config.run.folder / "status.json").read_text())["state"] == "failed"
-
-
 def test_weights_that_need_unpickling_are_refused(make_config, base_model, tmp_path):
     import shutil
 
@@ -152,7 +134,7 @@ def test_weights_that_need_unpickling_are_refused(make_config, base_model, tmp_p
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     config = make_config("sft", "full", model={"path": str(copy)})
-    with pytest.raises(BadInput, match=r"model\.path: no model can be loaded"):
+    with pytest.raises(BadInput, match=r"model\.path: .* holds no safetensors, only pytorch_model"):
         build.build(config)
 
 
