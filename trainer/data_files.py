@@ -1,94 +1,92 @@
-"""Files of rows: .jsonl, .csv, .txt, gzipped or not, and folders of texts. A broken one is named with its line."""
+"""Files of rows: .jsonl, .csv, .txt, .json, .parquet, and folders of texts. A broken one is named with its line."""
 
-import csv
-import gzip
+import functools
+import glob
 import hashlib
-import json
-import shlex
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-from serving.directory import BadInput
+from trainer import table_files, text_files
+from trainer.config.data import Files
 from trainer.corpus import Row
+from trainer.rows import Facts, Position, Rows, hash_of
+from trainer.text_files import DataError, Found, Lines, TxtUnit, is_packed, wrong_separator
 
-TxtUnit = Literal["lines", "blocks"]
+__all__ = [
+    "ENDINGS", "READERS", "DataError", "FileRow", "FileRows", "TxtUnit", "ending", "read_rows", "shown", "texts_in",
+    "wrong_separator",
+]  # fmt: skip
 
-_LARGEST_FIELD_BYTES = 2**30  # of a csv file: Python's own limit, 128 KiB, is shorter than many documents
+READERS = text_files.READERS | table_files.READERS
 
-_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that are not commas, and their names
-
-# What the csv module says -> what is wrong, in a user's words.
-_CSV_ERRORS = {
-    "new-line character": "a carriage return without a line feed; convert the line ends: tr '\\r' '\\n' < OLD > NEW",
-    "unexpected end": "a quote is opened and never closed (unexpected end of data); mend the file",
-    "expected after": "a quote is closed inside a field; double the quotes that belong to the text",
-}
-
-
-class DataError(BadInput):
-    """Data that cannot be trained on: missing, empty, broken, or without a needed column."""
+ENDINGS = f"{', '.join(text_files.READERS)}, each also with .gz, and {', '.join(table_files.READERS)}"
+_GLANCE_BYTES = 2**16
+_OTHER_UNITS = {".json": "row", ".parquet": "row"}
 
 
 class FileRow(Row):
     """A row that knows its file and line (None: the whole file), so that an error about it can say where it stands."""
 
-    def __init__(self, values: Row, path: Path, line: int | None) -> None:
+    def __init__(self, values: Row, path: Path, number: int | None, unit: str = "line") -> None:
         super().__init__(values)
-        self.place = str(path) if line is None else f"{path}, line {line}"
+        self.place = str(path) if number is None else f"{path}, {unit} {number}"
 
 
-def read_rows(path: Path, split_txt: TxtUnit = "lines") -> Iterator[Row]:
-    """Yield the rows of a data file, or of a folder of .txt files (see `texts_in`): one row a file, whole.
+class FileRows(Rows):
+    """The rows of files, one file after the other. A position is a file's number and where reading stands in it.
+
+    Raises DataError for a file that is missing, of an unknown kind or broken, or that changes between two passes.
+    """
+
+    def __init__(self, paths: Files, split_txt: TxtUnit = "lines") -> None:
+        self.files = [found for path in _each(paths) for found in _found(path, split_txt)]
+        self._states: dict[Path, tuple[int, int, int]] = {}
+
+    def from_position(self, position: Position | None = None) -> Iterator[tuple[Position, Row]]:
+        first, *inner = position or [0]
+        for number, (path, read) in enumerate(self.files[first:], first):
+            self._check_unchanged(path)
+            for after, row in read(inner or None):
+                yield [number, *after], row
+            self._check_unchanged(path)
+            inner = []
+
+    def glance(self) -> Facts:
+        """Return what tells these files from others without reading them: their sizes, first and last bytes."""
+        return Facts(None, hash_of([_glance(path) for path, _ in self.files]))
+
+    def states(self) -> list[tuple[str, int, int, int]]:
+        """Return each file's path, size, time of its last change, and number on the disk."""
+        return [(str(path.resolve()), *self._check_unchanged(path)) for path, _ in self.files]
+
+    def _check_unchanged(self, path: Path) -> tuple[int, int, int]:
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise DataError(f"data: {path}: cannot be read ({error.strerror}); mend the file") from None
+        state = (found.st_size, found.st_mtime_ns, found.st_ino)
+        if self._states.setdefault(path, state) != state:
+            raise DataError(f"data: {path}: has changed while the run was reading it; start the run again")
+        return state
+
+
+def read_rows(paths: Files, split_txt: TxtUnit = "lines") -> Iterator[Row]:
+    """Yield the rows of data files, or of a folder of .txt files (see `texts_in`): one row a file, whole.
 
     A text of a .txt file is a line, or a block between blank lines, as `split_txt` says. Raises DataError.
     """
-    if path.is_dir():
-        for file, label in texts_in(path):
-            text = {"text": "".join(_read(file))}
-            yield FileRow(text if label is None else text | {"label": label}, file, None)
-        return
-    reader = READERS.get(ending(path))
-    if reader is None:
-        raise DataError(f"data: {path} has an unknown ending; accepted: {', '.join(READERS)}, each also with .gz")
-    if not path.is_file():
-        raise DataError(f"data: {path}: no such file; check the path (it is relative to where you stand)")
-    if reader is _read_txt and split_txt == "blocks":
-        reader = _read_blocks
-    line = 0
-    try:
-        for line, values in reader(_read(path), path):
-            yield FileRow(values, path, line)
-    except csv.Error as error:
-        what = next((said for words, said in _CSV_ERRORS.items() if words in str(error)), f"{error}; mend the file")
-        raise DataError(f"data: {path}, after line {line}: cannot be read: {what}") from None
+    yield from FileRows(paths, split_txt)
+
+
+def shown(paths: Files | str) -> str:
+    """Return the paths as a message names them."""
+    return ", ".join(map(str, paths)) if isinstance(paths, tuple) else str(paths)
 
 
 def ending(path: Path) -> str:
     """Return what names the format, in small letters: the last ending before .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def wrong_separator(path: Path, names: list[str]) -> str | None:
-    """Say that a csv file seems to have another separator than commas, and how to convert it; None if it does not."""
-    mark = next((mark for mark in _SEPARATORS if len(names) == 1 and mark in names[0]), None)
-    if mark is None or ending(path) != ".csv":
-        return None
-    to = path.with_name(path.name[: path.name.lower().rindex(".csv")] + ".commas.csv")
-    opened = f"gzip.open({str(path)!r}, 'rt'" if _is_packed(path) else f"open({str(path)!r}"
-    code = (
-        f"import csv, gzip; csv.writer(open({str(to)!r}, 'w', newline='', encoding='utf-8')).writerows("
-        f"csv.reader({opened}, newline='', encoding='utf-8-sig'), delimiter={mark!r}))"
-    )
-    return (
-        f"fields must be separated by commas, and here are {_SEPARATORS[mark]}; convert it: python -c {_quoted(code)}"
-    )
-
-
-def _quoted(code: str) -> str:
-    """The code as a shell takes it: in double quotes where nothing in it speaks against that."""
-    return shlex.quote(code) if any(mark in code for mark in ('"', "$", "`", "!", "\\\\")) else f'"{code}"'
 
 
 def texts_in(folder: Path) -> list[tuple[Path, str | None]]:
@@ -107,18 +105,70 @@ def texts_in(folder: Path) -> list[tuple[Path, str | None]]:
     if not plain and not labelled:
         raise DataError(
             f"data: {folder} is a folder without texts; accepted: .txt files, or a folder of them for each class "
-            f"(.txt.gz too); or name a file in it"
+            f"(.txt.gz too); or name a file in it, or a pattern such as {folder / '*.jsonl'}"
         )
     files = sorted(plain or labelled, key=lambda file: _name_hash(file.relative_to(folder)))
     return [(file, file.parent.name if labelled else None) for file in files]
 
 
+# --- which files, and how each is read -------------------------------------------------------------------------------
+
+_Reader = Callable[[Position | None], Iterator[tuple[Position, Row]]]
+
+
+def _each(paths: Files) -> list[Path]:
+    """The files and folders that are meant, those of a pattern in the order of their names."""
+    found: list[Path] = []
+    for path in paths if isinstance(paths, tuple) else (paths,):
+        is_pattern = glob.has_magic(str(path)) and not path.exists()
+        matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))] if is_pattern else [path]
+        if not matches:
+            raise DataError(f"data: {path}: no file matches the pattern (it is relative to where you stand)")
+        found += matches
+    if twice := next((path for path in found if found.count(path) > 1), None):
+        raise DataError(f"data: {twice}: named twice; a file is read once: leave one out")
+    return found
+
+
+def _found(path: Path, split_txt: TxtUnit) -> list[tuple[Path, _Reader]]:
+    """The files at a path, each with what reads it from a position."""
+    if path.is_dir():
+        return [(file, functools.partial(_whole, file, label)) for file, label in texts_in(path)]
+    reader = READERS.get(ending(path))
+    if reader is None or (is_packed(path) and ending(path) in table_files.READERS):
+        raise DataError(f"data: {path} has an unknown ending; accepted: {ENDINGS}")
+    if not path.is_file():
+        raise DataError(f"data: {path}: no such file; check the path (it is relative to where you stand)")
+    if reader is text_files.read_txt and split_txt == "blocks":
+        reader = text_files.read_blocks
+    return [(path, functools.partial(_placed, path, reader))]
+
+
+def _placed(path: Path, reader: Callable[..., Found], position: Position | None) -> Iterator[tuple[Position, Row]]:
+    unit = _OTHER_UNITS.get(ending(path), "line")
+    for after, number, values in reader(path, position):
+        yield after, FileRow(values, path, number, unit)
+
+
+def _whole(path: Path, label: str | None, position: Position | None) -> Iterator[tuple[Position, Row]]:
+    """One row, the whole file. After it the position is [1]."""
+    if position is None:
+        text = {"text": "".join(Lines(path))}
+        yield [1], FileRow(text if label is None else text | {"label": label}, path, None)
+
+
+def _glance(path: Path) -> str:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        ends = b""
+        for start in (0, max(0, size - _GLANCE_BYTES)):
+            file.seek(start)
+            ends += file.read(_GLANCE_BYTES)
+    return hashlib.sha256(size.to_bytes(8) + ends).hexdigest()
+
+
 def _is_text(path: Path) -> bool:
     return ending(path) == ".txt" and not path.name.startswith(".") and path.is_file()
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
 
 
 def _is_class(path: Path) -> bool:
@@ -127,72 +177,3 @@ def _is_class(path: Path) -> bool:
 
 def _name_hash(path: Path) -> bytes:
     return hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest()
-
-
-def _read(path: Path) -> Iterator[str]:
-    """Yield the lines of a file in UTF-8, with or without the mark that some editors put before the first.
-
-    Raises DataError, with the line, where it cannot be read or is no text.
-    """
-    number = 0
-    try:
-        with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if b"\0" in line:
-                    raise DataError(f"data: {path}, line {number}: holds a zero byte; convert the file to UTF-8 text")
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"data: {path}, after line {number}: cannot be read ({error}); mend the file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"data: {path}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
-
-
-def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            kind = "not Unicode text" if isinstance(error, UnicodeEncodeError) else "not JSON"
-            raise DataError(f"data: {path}, line {number}: {kind} ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"data: {path}, line {number}: a {type(row).__name__}; expected an object per line")
-        yield number, row
-
-
-def _read_csv(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(_LARGEST_FIELD_BYTES)
-    reader = csv.DictReader(lines, strict=True)
-    names = list(reader.fieldnames or ())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"data: {path}, line 1: two columns are named {twice[0]!r}; rename one")
-    for row in reader:
-        if None in row or None in row.values():
-            where, separator = f"data: {path}, line {reader.line_num}", wrong_separator(path, names)
-            if separator:
-                raise DataError(f"{where}: not one field, as in its first line: {separator}")
-            raise DataError(f"{where}: not {len(names)} fields, as in its first line; mend it")
-        yield reader.line_num, row
-
-
-def _read_txt(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    yield from ((number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _read_blocks(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Row]]:
-    """A row's line is the first of its block."""
-    first, block = 0, ""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            first, block = (first, block + line) if block else (number, line)
-        elif block:
-            yield first, {"text": block.rstrip("\r\n")}
-            block = ""
-    if block:
-        yield first, {"text": block.rstrip("\r\n")}
-
-
-READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}

@@ -1,140 +1,55 @@
-"""Where a run's rows come from, the embedded corpus or the user's files, and which of them train or are held out."""
+"""Where a run's rows come from: the embedded corpus, the user's files, a data set of the hub, or several of these."""
 
-import functools
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from trainer import corpus
-from trainer.columns import TAKES, BadRow, label_of
-from trainer.config import EmbeddedData, FileData
-from trainer.corpus import Row
-from trainer.data_files import DataError, read_rows
+from trainer import cache, corpus, mixture, splits
+from trainer.config import EmbeddedData, FileSource, HubSource, MixtureData
+from trainer.data_files import DataError, FileRows, read_rows
+from trainer.hub_data import HubRows
+from trainer.left_out import LeftOut
+from trainer.rows import Rows
+from trainer.splits import NothingHeldOut, Splits, divide, tell_left_out
 
 __all__ = ["DataError", "LeftOut", "NothingHeldOut", "Splits", "divide", "read_rows", "read_splits", "tell_left_out"]
 
-_PLACES_KEPT = 3
+_WORTH_KEEPING_BYTES = 2**26  # of files: a pass over less takes a second or two
+_VERSION = 1  # of what a pass finds out; kept results of another are not used
 
 
-class NothingHeldOut(DataError):
-    """Rows that are so few, or so alike, that their content holds out none or all of them."""
+def read_splits(data: EmbeddedData | FileSource | HubSource | MixtureData, takes: str) -> Splits:
+    """Return the rows of a run; `takes` says what is taken from each (a key of `columns.TAKES`).
+
+    Raises DataError for missing or empty data and rows that cannot be read.
+    """
+    if isinstance(data, MixtureData):
+        sources = [_read(source.data, takes, streaming=data.streaming) for source in data.sources]
+        return mixture.mixed(data, takes, sources)
+    return _read(data, takes, streaming=getattr(data, "streaming", False))
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Rows that are not trained or evaluated on: how many, why ("without 'label'"), and where the first ones stand."""
-
-    reason: str
-    count: int
-    places: list[str]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training and held-out rows, a hash of both in order, and what was left out of them."""
-
-    train: list[Row]
-    held_out: list[Row]
-    fingerprint: str
-    left_out: tuple[LeftOut, ...] = ()
-
-
-def read_splits(data: EmbeddedData | FileData, objective: str) -> Splits:
-    """Return the rows of a run. Raises DataError for missing or empty files and rows that cannot be read."""
+def _read(data: EmbeddedData | FileSource | HubSource, takes: str, *, streaming: bool) -> Splits:
     if isinstance(data, EmbeddedData):
-        train, held_out = corpus.split(corpus.VIEWS[objective](corpus.read_items()))
-        return Splits(train[: data.max_rows], held_out, _fingerprint(train[: data.max_rows], held_out))
-    train = list(read_rows(data.train, data.split_txt))
-    validation = list(read_rows(data.validation, data.split_txt)) if data.validation is not None else None
-    return divide(data, objective, train, validation)
+        train, held_out = corpus.split(corpus.VIEWS[takes](corpus.read_items()))
+        return splits.of_lists(train[: data.max_rows], held_out)
+    parts = _files(data) if isinstance(data, FileSource) else _hub(data, streaming=streaming)
+    rows, validation, test = parts
+    assert rows is not None
+    if streaming:
+        return splits.stream(data, takes, rows, validation, test)
+    return divide(data, takes, rows, validation, test, key=_key(data, takes, parts))
 
 
-def divide(data: FileData, objective: str, train: list[Row], validation: list[Row] | None) -> Splits:
-    """Return the splits of rows that were read: bad ones left out where `data` allows it, a part held out where there
-    is no validation file. Raises DataError if either side is empty, or a column that rows may lack is in none."""
-    if data.context is not None and train and not any(data.context in row for row in train):
-        raise DataError(f"data.context: no row has {data.context!r}; the first has: {', '.join(train[0])}; name one")
-    dropped: list[BadRow] = []
-    if data.skip_bad_rows:
-        check = functools.partial(TAKES[objective], data=data)
-        train = _usable(train, check, dropped)
-        validation = _usable(validation, check, dropped) if validation is not None else None
-    if validation is None:
-        train, validation = _hold_out(data, train)
-    if data.skip_bad_rows and objective == "classification":
-        known = {label_of(row, index, data) for index, row in enumerate(train)}
-        validation = _usable(validation, functools.partial(_check_label, known=known, data=data), dropped)
-    splits = Splits(train, validation, _fingerprint(train, validation, data.system), _count(dropped))
-    for name, rows in (("train", train), ("validation", validation)):
-        if not rows:
-            file = data.validation if name == "validation" and data.validation else data.train
-            why = f" ({tell_left_out(splits)})" if dropped else ""
-            raise DataError(f"data.{name}: no rows in {file}{why}; at least one is needed")
-    return splits
+def _files(data: FileSource) -> list[Rows | None]:
+    parts = (data.train, data.validation, data.test)
+    return [None if paths is None else FileRows(paths, data.split_txt) for paths in parts]
 
 
-def tell_left_out(splits: Splits) -> str:
-    """Say in one line what was left out, and why."""
-    total = sum(each.count for each in splits.left_out)
-    reasons = ", ".join(f"{each.count:,} {each.reason} (first: {each.places[0]})" for each in splits.left_out)
-    return f"left out {total:,} of {total + len(splits.train) + len(splits.held_out):,} rows: {reasons}"
+def _hub(data: HubSource, *, streaming: bool) -> list[Rows | None]:
+    parts = (data.train_split, data.validation_split, data.test_split)
+    return [None if split is None else HubRows(data, split, streaming=streaming) for split in parts]
 
 
-def _usable(rows: list[Row], check: Callable[[Row, int], object], dropped: list[BadRow]) -> list[Row]:
-    """The rows that pass the check; what was wrong with the others goes into `dropped`."""
-    kept = []
-    for index, row in enumerate(rows):
-        try:
-            check(row, index)
-        except BadRow as error:
-            dropped.append(error)
-        else:
-            kept.append(row)
-    return kept
-
-
-def _check_label(row: Row, index: int, *, known: set[str], data: FileData) -> None:
-    if (label := label_of(row, index, data)) not in known:
-        raise BadRow(row, index, "label", f": {label!r} is in no training row", "whose label is in no training row")
-
-
-def _count(dropped: list[BadRow]) -> tuple[LeftOut, ...]:
-    """What was dropped, by reason, the commonest first."""
-    return tuple(
-        LeftOut(reason, count, [error.place for error in dropped if error.reason == reason][:_PLACES_KEPT])
-        for reason, count in Counter(error.reason for error in dropped).most_common()
-    )
-
-
-def _hold_out(data: FileData, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    train, held_out = _split_by_content(rows, data.validation_fraction)
-    if rows and not (train and held_out):
-        raise NothingHeldOut(
-            f"data.validation_fraction: {data.validation_fraction} leaves {len(train)} of the {len(rows)} rows of "
-            f"{data.train} for training; change it, or name a file as data.validation"
-        )
-    return train, held_out
-
-
-def _split_by_content(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Hold out rows by the hash of their content, so that equal rows never stand on both sides."""
-    held = [int.from_bytes(_digest(row)[:8]) < fraction * 2**64 for row in rows]
-    return (
-        [row for row, out in zip(rows, held, strict=True) if not out],
-        [row for row, out in zip(rows, held, strict=True) if out],
-    )
-
-
-def _digest(row: Row) -> bytes:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).digest()
-
-
-def _fingerprint(train: list[Row], held_out: list[Row], system: str | None = None) -> str:
-    total = hashlib.sha256()
-    for row in (*train, {}, *held_out):
-        total.update(_digest(row))
-    if system is not None:
-        total.update(system.encode())
-    return total.hexdigest()
+def _key(data: FileSource | HubSource, takes: str, parts: list[Rows | None]) -> str | None:
+    """The key under which what a pass over large files finds out is kept; None where a pass is quick."""
+    states = [state for part in parts if isinstance(part, FileRows | HubRows) for state in part.states()]
+    if sum(state[1] for state in states) < _WORTH_KEEPING_BYTES:
+        return None
+    return cache.key_of(splits=_VERSION, data=data.model_dump(mode="json"), takes=takes, states=states)

@@ -89,7 +89,7 @@ def _ignored(folder: Path) -> list[str]:
 
 
 def _is_data(path: Path) -> bool:
-    return path.is_file() and ending(path) in READERS and not path.name.startswith(".")
+    return path.is_file() and ending(path) in READERS.keys() - {".json"} and not path.name.startswith(".")
 
 
 def _is_hidden(path: Path) -> bool:

@@ -70,7 +70,7 @@ def profile(splits: Splits, objective: str, data: FileData, counter: TokenCounte
     )
 
 
-def lengths(rows: list[Row], objective: str, data: FileData, counter: TokenCounter) -> Lengths:
+def lengths(rows: Iterable[Row], objective: str, data: FileData, counter: TokenCounter) -> Lengths:
     """Return the lengths of the rows in tokens: of a chat all its turns, without what the template adds."""
     texts = [_whole_text(row, index, objective, data) for index, row in enumerate(rows)]
     every = max(1, len(texts) // _SAMPLED_ROWS)
@@ -92,7 +92,7 @@ def quantile(ordered: list[int], part: float) -> int:
     return ordered[max(0, -int(-part * len(ordered) // 1) - 1)]
 
 
-def _prompts(rows: list[Row], data: FileData, counter: TokenCounter) -> list[int]:
+def _prompts(rows: Iterable[Row], data: FileData, counter: TokenCounter) -> list[int]:
     """The tokens that stand before the first answer of each chat, with what the template adds."""
     chats = (chat_of(row, index, data) for index, row in enumerate(rows))
     asked = (itertools.takewhile(lambda turn: turn["role"] != "assistant", chat) for chat in chats)

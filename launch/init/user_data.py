@@ -7,13 +7,13 @@ from pathlib import Path
 from launch.init.folders import files_in
 from serving.directory import BadInput
 from trainer.corpus import Row
-from trainer.data_files import READERS, DataError, TxtUnit, ending, read_rows
+from trainer.data_files import ENDINGS, READERS, DataError, TxtUnit, ending, read_rows
 
 _LOOK_AT_LINES = 2_000
 _FEWEST_BLOCKS = 20
 
 # What reads other formats, for the advice to convert.
-_PANDAS = {".json": "read_json", ".parquet": "read_parquet", ".xlsx": "read_excel", ".tsv": "read_table"}
+_PANDAS = {".xlsx": "read_excel", ".tsv": "read_table"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ def find(source: Path) -> Found:
         raise BadInput(f"--from: {source}: no such file or folder; check the path")
     train, validation, remarks = files_in(source) if source.is_dir() else (source, None, [])
     if not train.is_dir() and ending(train) not in READERS:
-        raise BadInput(
-            f"--from: {train} has an unknown ending; accepted: {', '.join(READERS)}, each also with .gz"
-            f"{_convert(train)}"
-        )
+        raise BadInput(f"--from: {train} has an unknown ending; accepted: {ENDINGS}{_convert(train)}")
     split_txt: TxtUnit = "lines"
     if train.is_file() and ending(train) == ".txt" and _stands_in_blocks(train):
         split_txt = "blocks"

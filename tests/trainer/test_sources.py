@@ -66,7 +66,7 @@ FLIPPED[-8] ^= 0xFF  # in the checksum
     ("name", "data", "said"),
     [
         ("a.jsonl", None, ["data: PATH: no such file"]),
-        ("a.parquet", b"", ["PATH has an unknown ending", ".jsonl, .csv, .txt", ".gz"]),
+        ("a.xlsx", b"", ["PATH has an unknown ending", ".jsonl, .csv, .txt", ".gz", ".json, .parquet"]),
         ("a.jsonl", b"", ["data.train: no rows in PATH"]),
         ("a.txt", b"\n \n", ["data.train: no rows in PATH"]),
         ("a.csv", b"text,label\n", ["data.train: no rows in PATH"]),
