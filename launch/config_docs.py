@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -86,7 +86,8 @@ def json_schema(kind: str) -> Schema:
     for part in schema["$defs"].values():
         if "const" in part["properties"].get("type", {}):
             part["properties"]["type"]["description"] = part["description"]
-            part["required"] = sorted({"type", *part.get("required", [])})
+            may_lack_it = part.pop("is_default", False)
+            part["required"] = sorted({*([] if may_lack_it else ["type"]), *part.get("required", [])})
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:trivet:{kind}-config"}
     return {**about, **schema, "title": f"Trivet {kind} config"}
 
@@ -159,7 +160,12 @@ def _keys_by_type(dotted: str, field: Schema, defs: dict[str, Schema]) -> Iterat
     yield Key(f"{dotted}.type", " | ".join(types), default, "What kind it is; each has keys of its own.")
     for kind, member in zip(types, members, strict=True):
         yield Key(f"{dotted}.type={kind}", "", "", " ".join(member["description"].split()))
-        yield from _keys(member, defs, prefix=f"{dotted}.", when=kind)
+    kinds_of: dict[Key, list[str]] = {}  # a key that several types have alike is told once
+    for kind, member in zip(types, members, strict=True):
+        for key in _keys(member, defs, prefix=f"{dotted}.", when=kind):
+            kinds_of.setdefault(replace(key, when=""), []).append(kind)
+    for key, kinds in kinds_of.items():
+        yield key if len(kinds) == len(types) else replace(key, when=" | ".join(kinds))
 
 
 def accepts(node: Schema) -> str:
@@ -170,6 +176,8 @@ def accepts(node: Schema) -> str:
         return " | ".join(_yaml(value) for value in node.get("enum", [node.get("const")]))
     if "prefixItems" in node:
         return f"list of {len(node['prefixItems'])}: {', '.join(accepts(part) for part in node['prefixItems'])}"
+    if "$ref" in node:
+        return "mapping"
     kind = node["type"]
     if kind == "array":
         words = f"list of {accepts(node['items'])}"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -39,6 +40,7 @@ def fields_of(model: type[BaseModel], prefix: str = "", when: str = "") -> Itera
     """Yield (label, field) of every key, straight from the models; `type` of a section with several is left out."""
     for name, field in model.model_fields.items():
         sections = [kind for kind in parts(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        sections = [] if get_origin(field.annotation) is tuple else sections  # a list of sections is one key
         if field.discriminator:
             for section in sections:
                 [kind] = get_args(section.model_fields["type"].annotation)
@@ -54,7 +56,8 @@ def parts(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return parts(get_args(annotation)[0])
     whole = not get_args(annotation) or get_origin(annotation) in (Literal, dict)
-    return [annotation] if whole else [part for inner in get_args(annotation) for part in parts(inner)]
+    inner = [each for each in get_args(annotation) if each is not Ellipsis]  # tuple[X, ...]
+    return [annotation] if whole else [part for each in inner for part in parts(each)]
 
 
 def inner_metadata(annotation: Any) -> list[Any]:
@@ -79,9 +82,23 @@ FIELDS = {f"{kind}: {label}": field for kind, model in MODELS.items() for label,
 
 @pytest.fixture(scope="module")
 def lines() -> dict[str, str]:
-    """`kind: label` -> the line of that key."""
-    keys = [(kind, key) for kind in MODELS for key in config_docs.all_keys(kind)]
-    return {f"{kind}: {key.label}": f"{key.facts}  {key.meaning}" for kind, key in keys}
+    """`kind: label` -> the line of that key; one for each type of its section that it stands for."""
+    found = {}
+    for kind in MODELS:
+        keys = config_docs.all_keys(kind)
+        types = {key.name.removesuffix(".type"): key.accepts for key in keys if key.name.endswith(".type")}
+        for key in keys:
+            names_a_type = "=" in key.name or key.name.endswith(".type")
+            of_section = "" if names_a_type else types.get(key.name.rpartition(".")[0], "")
+            for when in (key.when or of_section).split(" | "):
+                found[f"{kind}: {replace(key, when=when).label}"] = f"{key.facts}  {key.meaning}"
+    return found
+
+
+def test_a_key_that_every_type_of_a_section_has_alike_is_told_once():
+    keys = {key.label for key in config_docs.all_keys("run")}
+    assert "optim.lr" in keys
+    assert {"optim.momentum (type: sgd)", "data.text (type: files | hub)"} <= keys
 
 
 @pytest.mark.parametrize("label", FIELDS)
@@ -99,7 +116,8 @@ def test_the_line_of_a_key_says_what_its_model_says(label, lines):
     for bound in bounds([*field.metadata, *inner_metadata(field.annotation)]):
         assert bound in facts
     for kind in parts(field.annotation):
-        words = get_args(kind) if get_origin(kind) is Literal else [TYPES[get_origin(kind) or kind]]
+        found = dict if isinstance(kind, type) and issubclass(kind, BaseModel) else get_origin(kind) or kind
+        words = get_args(kind) if found is Literal else [TYPES[found]]
         assert all(word in facts for word in words)
 
 
@@ -267,7 +285,9 @@ def test_a_saved_complete_config_fits_the_schema(tmp_path, validators):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"optim": {"lr": 0}}, "greater than"),
+        ({"optim": {"lr": 0}}, "not valid under any"),
+        ({"optim": {"type": "sgd", "betas": [0.9, 0.95]}}, "not valid under any"),
+        ({"batch": {"rows": 0}}, "less than the minimum"),
         ({"optim": {"betas": [0.9, 1.0]}}, "1.0"),
         ({"run": {"name": "../up", "steps": 3}}, "does not match"),
         ({"run": {"name": "up"}}, "'steps' is a required property"),
