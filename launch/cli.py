@@ -82,6 +82,39 @@ def train(
 
 
 @app.command()
+def preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch to show.")] = 4,
+    step: Annotated[int, typer.Option(min=1, help="The step whose batch is shown; the first is 1.")] = 1,
+) -> None:
+    """Show real batches with what the loss does to each token, and fail where that cannot be meant."""
+    politeness.check_hub_address()
+    from launch import config_file
+    from launch.preview import preview
+    from trainer.config import RunConfig
+
+    raise typer.Exit(preview(config_file.load(config, overrides or [], RunConfig), num_rows=rows, step=step))
+
+
+@app.command("verify-training")
+def verify_training(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of each run that is compared.")] = 6,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Run the exactness that training promises on this config and machine, and print the deviations seen."""
+    politeness.check_hub_address()
+    from launch import config_file
+    from launch.verify_training import verify_training
+    from trainer.config import RunConfig
+
+    run_config = config_file.load(config, overrides or [], RunConfig)
+    raise typer.Exit(verify_training(run_config, steps=steps, json_output=json))
+
+
+@app.command()
 def sweep(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Compare strategies: many ordinary runs, ranked."""
     from launch import config_file, sweep

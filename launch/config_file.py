@@ -104,7 +104,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {key} is not a section")
-    if keys[-1] == "type" and section.get("type") != value:
+    if keys[-1] == "type" and section.get("type", value) != value:
         section.clear()
     section[keys[-1]] = value
 
@@ -143,9 +143,16 @@ def nearest(key: str, accepted: list[str]) -> str:
 
 def _dotted(location: tuple[Any, ...], model: type[BaseModel]) -> str:
     """The dotted key as the user writes it: pydantic puts a union's tag into it (`strategy.lora.rank`)."""
-    field = model.model_fields.get(str(location[0])) if location else None
-    tagged = field is not None and field.discriminator is not None
-    return ".".join(str(part) for i, part in enumerate(location) if not (tagged and i == 1))
+    parts, candidates, is_tag = [], [model], False
+    for part in location:
+        if is_tag:
+            is_tag = False
+            continue
+        parts.append(str(part))
+        if fields := [each.model_fields[part] for each in candidates if part in each.model_fields]:
+            candidates = [kind for field in fields for kind in _models_in(field.annotation)]
+            is_tag = any(field.discriminator is not None for field in fields)
+    return ".".join(parts)
 
 
 def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -155,8 +162,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
         if fields:
             candidates = [kind for field in fields for kind in _models_in(field.annotation)]
-        else:  # a union tag: keep the member with that type
-            candidates = [c for c in candidates if part in str(c.model_fields.get("type"))] or candidates
+        else:  # a union tag: keep the member with that type; a place in a list keeps all
+            candidates = [c for c in candidates if str(part) in str(c.model_fields.get("type"))] or candidates
     return sorted({name for candidate in candidates for name in candidate.model_fields})
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launch import report_data, report_page, report_plots
 from launch.report_data import Run, Sweep, is_number, mapping
+from launch.report_labels import by_label
 from serving.directory import BadInput, write_text
 
 COLUMNS = ("run", "state", "objective", "strategy", "steps", "held-out", "weights that learn", "tokens/s", "time")
@@ -93,7 +94,9 @@ def _runs(runs: list[Run]) -> list[str]:
     rows = [[run.name, report_page.state(run.state), *_row(run)[2:]] for run in runs]
     parts = [report_page.heading("Runs"), report_page.table(COLUMNS, rows)]
     parts += [report_page.warning(f"{run.name}: {problem}") for run in runs for problem in _problems(run)]
-    parts += [report_page.heading("Curves"), report_page.figures(_curves(runs)), report_page.heading("Details")]
+    parts += [report_page.heading("Curves"), report_page.figures(_curves(runs))]
+    parts += [part for run in runs for part in by_label(run)]
+    parts.append(report_page.heading("Details"))
     for run in runs:
         facts = "\n".join(f"{name}: {value}" for name, value in _facts(run))
         parts += [report_page.details(f"{run.name}: measurements and versions", facts)]
@@ -117,7 +120,11 @@ def _curves(runs: list[Run]) -> list[str]:
     losses, held_out = series("loss"), series("eval_loss", "eval")
     if losses or held_out:
         plots.append(report_plots.line_plot("Loss", losses, x="step", y="loss per token", marked=held_out))
-    for key, title in (("accuracy", "Held-out accuracy"),):
+    for key, title in (
+        ("accuracy", "Held-out accuracy"),
+        ("f1", "Held-out F1 of entities"),
+        ("macro_f1", "Held-out F1, mean over labels"),
+    ):
         if found := series(key, "eval"):
             plots.append(report_plots.line_plot(title, [], x="step", y=key, marked=found))
     for key, title, unit in (

@@ -34,7 +34,8 @@ class SweepConfig(Section):
     )
     strategies: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="Name of a trial -> part of a run config. A list stands for one trial with each of its values.",
+        description="Name of a trial -> part of a run config. A list stands for one trial with each of its values; a "
+        "value that is a list itself stands in one: targets: [[q_proj, v_proj]].",
     )
 
     @property

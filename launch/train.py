@@ -22,7 +22,10 @@ from trainer.redact import redacted
 
 # Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
 # number of steps is among them so that a run can be made longer, which is said: a schedule then follows the new length.
-_FREE_ON_RESUME = ("run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "model.made_by", "run.dir")
+_FREE_ON_RESUME = (
+    "run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "batch.activation_checkpointing",
+    "batch.compile", "optim.on_non_finite", "optim.max_skipped_steps", "model.made_by", "run.dir",
+)  # fmt: skip
 _SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
 
@@ -104,11 +107,9 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     plan = loop.check_memory(config, parts, world_size=nproc)
     needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process" if plan else ""
     feed = parts.feed
-    tokens = sum(feed.tokens_at(step) for step in range(config.run.steps))
-    epochs = config.run.steps * config.batch.rows / len(feed.train)
     print(
-        f"{config.run.folder}: {config.run.steps} steps of {config.batch.rows} rows, {tokens:,} tokens, "
-        f"{epochs:.2f} epochs{needs}; {'already finished' if finished else 'nothing was written'}"
+        f"{config.run.folder}: {config.run.steps} steps of {config.batch.rows} rows, {feed.outlook(config.run.steps)}"
+        f"{needs}; {'already finished' if finished else 'nothing was written'}"
     )
 
 
@@ -131,7 +132,7 @@ def is_finished(config: RunConfig) -> bool:
     if changed:
         raise ConfigError(
             f"run.name: {config.run.folder} holds a different run ({show_differences(changed)}); "
-            f"choose another run.name, or remove that folder"
+            f"choose another run.name, or remove that folder; of a run that goes on may differ: {_free_keys()}"
         )
     if status is None:
         return False
@@ -143,7 +144,10 @@ def is_finished(config: RunConfig) -> bool:
             f"steps to come follows the new length, so this is not the run that {config.run.steps} steps at once give"
         )
     products = [config.run.folder / "model" / MANIFEST, config.run.folder / "result.json"]
-    is_done = status["state"] == "done" and status["step"] >= config.run.steps
+    # An early end is the end, unless it is the patience that changed.
+    stopped_early = bool(status.get("reason")) and "run.steps" not in different
+    is_over = stopped_early and not any(key.startswith("evaluation.") for key in different)
+    is_done = status["state"] == "done" and (status["step"] >= config.run.steps or is_over)
     return is_done and all(path.is_file() for path in products)
 
 
@@ -154,6 +158,10 @@ def _refuse_foreign_files(config: RunConfig) -> None:
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise ConfigError(f"run.name: {folder} holds other files ({shown}) and no run; choose another run.name")
+
+
+def _free_keys() -> str:
+    return ", ".join(f"{key}*" if key.endswith(".") else key for key in _FREE_ON_RESUME if key != "run.dir")
 
 
 def show_differences(changed: dict[str, tuple[Any, Any]]) -> str:
@@ -183,6 +191,8 @@ def _say(text: str) -> None:
 
 
 def _next_command(config: RunConfig) -> str:
+    if config.strategy.type == "adapter":  # which cannot be exported
+        return f"trivet report {config.run.folder}"
     return f"trivet export {config.run.folder} onnx/{config.run.name}"
 
 

@@ -9,6 +9,14 @@ from launch import politeness
 politeness.apply()  # the tests phone home as little as the commands do
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Nothing is prepared into the user's own cache, and child processes share this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIVET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def trivet(monkeypatch, capfd):
     """Return a function that runs `trivet ARGUMENTS` and returns (exit code, standard output, standard error)."""

@@ -153,7 +153,7 @@ def lines(path: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a kind in the metrics.jsonl of the run that a config makes."""
     folder = run_folder(path)
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("tokens_per_s", "data_wait_s", "memory_bytes", "elapsed_s")
+    clocked = ("tokens_per_s", "flops_per_s", "data_wait_s", "memory_bytes", "elapsed_s")
     return [
         {name: value for name, value in line.items() if name not in clocked} for line in found if line["kind"] == kind
     ]

@@ -1,6 +1,5 @@
 """What a run is made of: everything between a validated config and step 0, on every rank alike."""
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 
@@ -9,17 +8,18 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from trainer import distributed, hub, models, tracking
-from trainer.config import NewModel, PretrainedModel, PretrainedTokenizer, RunConfig, TrainedTokenizer
+from trainer import compute, distributed, hub, leaks, model_dir, model_fit, model_folder, models, tracking
+from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
+from trainer.dataset import Data, build_tokenizer, make_feed, make_rows, prepare_data
 from trainer.distributed import World
 from trainer.feed import Feed, micro_rows
 from trainer.metrics import Terminal
-from trainer.objectives import OBJECTIVES, Objective
+from trainer.objectives import Objective
 from trainer.optim import build_optimizer
-from trainer.packing import Row, pack
-from trainer.sources import DataError, Splits, read_splits, tell_left_out
-from trainer.strategies import STRATEGIES, count_parameters
-from trainer.tokenizers import load_tokenizer, train_tokenizer
+from trainer.splits import Splits
+from trainer.strategies import STRATEGIES, check_world, tell_learning
+
+__all__ = ["Parts", "build", "build_tokenizer", "make_rows"]
 
 
 @dataclass
@@ -48,71 +48,49 @@ def build(config: RunConfig) -> Parts:
     hub_logging.set_verbosity_error()  # its warnings of retries hold the address, and a mirror's may hold a password
     tracking.check(config.log)
     world = distributed.start(config)
+    check_world(config.strategy, world.mode)
     micro = micro_rows(config, world.size)
+    if world.is_main:
+        for warning in model_folder.remote_code_warnings(config):
+            Terminal.say_once(warning)
     if isinstance(config.model, PretrainedModel):
         hub.check_reachable(config.model.path, "model.path")
-        models.check_folder(config.model.path)
+        model_dir.refuse_unmerged(config.model.path)
+        model_folder.check_base(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if isinstance(config.tokenizer, PretrainedTokenizer) and config.tokenizer.path is not None:
         hub.check_reachable(config.tokenizer.path, "tokenizer.path")
-    splits = read_splits(config.data, config.objective.type)
-    objective = OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
-    tokenizer = build_tokenizer(config, objective, splits)
-    length = config.batch.max_length
-    train_rows = make_rows(objective, splits.train, tokenizer, length)
-    held_out_rows = make_rows(objective, splits.held_out, tokenizer, length)
-    feed = Feed(
-        config, objective, train_rows, held_out_rows,
-        pad_id=tokenizer.pad_token_id, rank=world.rank, world_size=world.size,
-    )  # fmt: skip
-    fingerprints = take_fingerprints(config, tokenizer, splits)
+    data = prepare_data(config)
+    objective, tokenizer, length = data.objective, data.tokenizer, config.batch.max_length
     torch.manual_seed(config.run.seed)
-    model = models.build_model(config.model, tokenizer, objective.head, objective.labels)
-    models.check_length(model, length)
+    model = models.build_model(
+        config.model, tokenizer, objective.head, objective.labels, problem_type=objective.problem_type
+    )
+    model_fit.check_length(model, tokenizer, length)
     model = STRATEGIES[config.strategy.type](model, config.strategy).train()
+    without = objective.try_out(model, length)
+    compute.set_up(model, config.batch)
+    feed = make_feed(config, data, world)
+    fingerprints = take_fingerprints(config, data)
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
-        if splits.left_out:
-            Terminal.say_once(tell_left_out(splits))
-        Terminal.say_once(describe(config, world, model, splits, num_rows=len(train_rows)))
+        found = [f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else []
+        for line in [*data.left_out(config), *found, describe(config, world, model, data, feed), *without]:
+            Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
-    return Parts(world, splits, objective, tokenizer, feed, model, optimizer, fingerprints)
+    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints)
 
 
-def make_rows(objective: Objective, rows: list, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Return the rows that batches are made of. Raises DataError where nothing can be learned from."""
-    examples = objective.encode(rows, tokenizer, max_length)
-    if not examples:
-        raise DataError(objective.nothing_left(len(rows), max_length))
-    return pack(examples, max_length) if objective.packs else [[example] for example in examples]
-
-
-def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> PreTrainedTokenizerBase:
-    """Return the run's tokenizer: trained on its own training text, or loaded."""
-    tokenizer, model = config.tokenizer, config.model
-    if isinstance(tokenizer, TrainedTokenizer) and isinstance(model, NewModel):
-        return train_tokenizer(objective.texts(splits.train), tokenizer.vocab_size, model.context_length)
-    assert isinstance(tokenizer, PretrainedTokenizer), "the config lets only a new model train its tokenizer"
-    path = tokenizer.path
-    if path is None:
-        assert isinstance(model, PretrainedModel), "the config lets no new model be without a tokenizer"
-        path = model.path
-    return load_tokenizer(path, tokenizer.chat_template)
-
-
-def take_fingerprints(config: RunConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> dict[str, str]:
+def take_fingerprints(config: RunConfig, data: Data) -> dict[str, str]:
     """Return hashes of the data, the tokenizer, and a base model that lies in a folder."""
-    described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    found = {"data": splits.fingerprint, "tokenizer": hashlib.sha256(described.encode()).hexdigest()}
-    if isinstance(config.model, PretrainedModel) and (base := models.fingerprint(config.model.path)) is not None:
+    found = data.fingerprints(config)
+    if isinstance(config.model, PretrainedModel) and (base := model_folder.fingerprint(config.model.path)) is not None:
         found["base model"] = base
     return found
 
 
-def describe(config: RunConfig, world: World, model: torch.nn.Module, splits: Splits, *, num_rows: int) -> str:
+def describe(config: RunConfig, world: World, model: torch.nn.Module, data: Data, feed: Feed) -> str:
     """Return a line that says what is about to be trained."""
-    learning, total = count_parameters(model)
     return (
-        f"{config.run.name}: {config.objective.type}, {config.strategy.type}: {learning:,} of {total:,} weights learn; "
-        f"{len(splits.train):,} training and {len(splits.held_out):,} held-out examples, {num_rows:,} rows; "
-        f"{world.mode}, {world.size} process{'es' if world.size > 1 else ''}"
+        f"{config.run.name}: {config.objective.type}, {config.strategy.type}: {tell_learning(model)}; "
+        f"{data.sizes(feed)}; {world.mode}, {world.size} process{'es' if world.size > 1 else ''}"
     )

@@ -11,12 +11,12 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from serving import directory
@@ -31,11 +31,16 @@ _NAME = re.compile(r"step-\d{8}")
 
 @dataclass(frozen=True)
 class Counters:
-    """Where a run stands: everything besides tensors that a resumed run needs."""
+    """Where a run stands: everything besides tensors that a resumed run needs. Steps that were skipped count too."""
 
     step: int = 0
     total_tokens: int = 0
     elapsed_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_norm: float | None = None  # of the gradients, in the last step that was not skipped
+    scores: dict[str, float] = field(default_factory=dict)  # by the step of their evaluation, that before step 0 apart
+    feed: Any = None  # what the feed needs besides the number of steps: see `Feed.state_after`
 
 
 def save(
@@ -47,15 +52,17 @@ def save(
     *,
     keep: int,
     fingerprints: dict[str, str],
+    best: int | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX` on all ranks together; return its path.
 
-    Removes the older ones beyond `keep`, later ones (a run only goes back where they are damaged), and what a killed
-    save left behind. `fingerprints` name what must be the same when the run goes on: see `load`.
+    Removes the older ones beyond `keep` (but for that of step `best`), later ones (a run only goes back where they are
+    damaged), and what a killed save left behind. `fingerprints` name what must be the same when the run goes on: see
+    `load`.
     """
     final = step_folder(folder, counters.step)
     partial = folder / f".{final.name}.partial"
-    held = shards.held_by_rank(world, model, optimizer)
+    held, steps = shards.held_by_rank(world, model, optimizer), shards.steps_taken(world, model, optimizer)
 
     def prepare() -> None:
         if world.is_main:
@@ -67,13 +74,21 @@ def save(
         if world.is_main:
             written_by = {"mode": world.mode, "zero_stage": world.zero_stage, "world_size": world.size}
             tensors = _merge_indices(partial, world.size)
-            fields = {**asdict(counters), "fingerprints": fingerprints, "written_by": written_by, "tensors": tensors}
+            fields = {
+                **asdict(counters),
+                "loss_scale": world.scaler.state_dict() if world.scaler else None,
+                "fingerprints": fingerprints,
+                "written_by": written_by,
+                "optimizer_steps": steps,
+                "tensors": tensors,
+            }
             directory.seal(partial, "checkpoint", **fields, digest=_digest(fields))
             directory.publish(partial, final)
             others = [path for path in _steps(folder) if path != final]
             later = [path for path in others if path.name > final.name]
             for path in later + others[len(later) + keep - 1 :]:
-                shutil.rmtree(path)
+                if best is None or path != step_folder(folder, best):
+                    shutil.rmtree(path)
 
     for part in (prepare, lambda: _write_slices(partial, world, held), publish):
         _do_together(world, part, partial)
@@ -132,14 +147,28 @@ def load(
     for name, value in manifest["fingerprints"].items():
         if fingerprints.get(name) != value:
             raise DirectoryError(f"{path}: the {name} changed since it was saved; restore it, or start a new run.name")
-    held = shards.held_by_rank(world, model, optimizer)
-    _check_shapes(path, manifest["tensors"], held, shards.names(world, model))
+    tensors = manifest["tensors"]
+    _check_tensors(path, manifest, shards.layout(world, model, optimizer))
+    # Format 2 began without steps by weight: each had taken all steps of the run.
+    started = dict.fromkeys((name for name in tensors if "weight" in tensors[name]["roles"]), manifest["step"])
+    shards.begin(world, model, optimizer, manifest.get("optimizer_steps", started))
     with torch.no_grad():
-        for part in held:
-            _read_slice(path, manifest["tensors"], part)
-    shards.set_optimizer_step(world, optimizer, manifest["step"])
+        for part in shards.held_by_rank(world, model, optimizer):
+            _read_slice(path, tensors, part)
     shards.refresh_weights(world, optimizer)
-    return Counters(**{name: manifest[name] for name in Counters.__dataclass_fields__})
+    if world.scaler and manifest.get("loss_scale"):
+        world.scaler.load_state_dict(manifest["loss_scale"])
+    known = Counters.__dataclass_fields__.keys() & manifest.keys()
+    return Counters(**{name: manifest[name] for name in known})
+
+
+def verify(path: Path) -> str:
+    """Return why the checkpoint cannot be used; nothing where it is as it was written."""
+    try:
+        _check(path)
+    except DirectoryError as error:
+        return str(error)
+    return ""
 
 
 def _check(path: Path) -> None:
@@ -198,24 +227,38 @@ def _merge_indices(folder: Path, world_size: int) -> dict[str, Any]:
     return tensors
 
 
-def _check_shapes(path: Path, tensors: dict[str, Any], held: list[Held], names: set[str]) -> None:
-    if other := sorted(names ^ tensors.keys()):
-        owner = "this run" if other[0] in names else "the checkpoint"
+def _check_tensors(path: Path, manifest: dict[str, Any], layout: shards.Layout) -> None:
+    """Raise DirectoryError unless a checkpoint has what this run needs. Weights may lack what the optimizer keeps."""
+    tensors = manifest["tensors"]
+    factors = {name for name, (_, roles) in layout.items() if roles == [shards.FACTOR]}
+    if other := sorted((layout.keys() ^ tensors.keys()) - (factors - tensors.keys())):
+        owner = "this run" if other[0] in layout else "the checkpoint"
         raise DirectoryError(f"{path}: only {owner} has {other[0]} ({len(other)} differ); start a new run.name")
-    for part in held:
-        found = tensors[part.name]
-        if found["shape"] != part.shape or found["roles"] != sorted(part.views):
+    for name, found in tensors.items():
+        shape, roles = layout[name]
+        if found["shape"] != shape:
             raise DirectoryError(
-                f"{path}: {part.name} has shape {found['shape']}, this run needs {part.shape}; start a new run.name"
+                f"{path}: {name} has shape {found['shape']}, this run needs {shape}; start a new run.name"
             )
+        if found["roles"] not in (roles, ["weight"]):
+            raise DirectoryError(
+                f"{path}: of {name} it holds {', '.join(found['roles'])}, this run's optimizer needs "
+                f"{', '.join(roles)}; start a new run.name"
+            )
+        if unlisted := {file for file, *_ in found["slices"]} - manifest["files"].keys():
+            raise DirectoryError(f"{path}: {name} points at {min(unlisted)}, which is no file of it; refused")
 
 
 def _read_slice(path: Path, tensors: dict[str, Any], part: Held) -> None:
-    for file, start, stop in tensors[part.name]["slices"]:
+    entry = tensors[part.name]
+    for file, start, stop in entry["slices"]:
         low, high = max(start, part.start), min(stop, part.stop)
         if low >= high:
             continue
-        with safe_open(path / file, framework="pt") as tensors_file:
-            for role, view in part.views.items():
-                values = tensors_file.get_slice(f"{part.name}::{role}")[low - start : high - start]
-                view[low - part.start : high - part.start].copy_(values)
+        try:
+            with safe_open(path / file, framework="pt") as tensors_file:
+                for role in part.views.keys() & entry["roles"]:
+                    values = tensors_file.get_slice(f"{part.name}::{role}")[low - start : high - start]
+                    part.views[role][low - part.start : high - part.start].copy_(values)
+        except SafetensorError as error:
+            raise DirectoryError(f"{path / file}: cannot be read ({error}); remove the folder {path.name}") from None

@@ -6,8 +6,13 @@ occurs in the training part (shared docstrings are common) is dropped.
 """
 
 import ast
+import builtins
 import functools
 import hashlib
+import io
+import itertools
+import keyword
+import math
 import sysconfig
 import textwrap
 import tokenize
@@ -31,6 +36,8 @@ _SKIPPED_FOLDERS = {
 }
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 _LONGEST_ANSWER_CHARS = 400
+_MOST_WORDS = 100
+_STATEMENTS = {"await", "for", "if", "import", "raise", "return", "try", "while", "with", "yield"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,52 @@ def kinds(items: list[Item]) -> list[tuple[Item, Row]]:
     return [(item, {"text": item.docstring.split("\n\n")[0], "label": item.kind}) for item in items]
 
 
+def statements(items: list[Item]) -> list[tuple[Item, Row]]:
+    """Rows with several labels: a docstring's first paragraph, and the kinds of statements in what it describes."""
+    rows = []
+    for item in items:
+        keywords = {word for word, tag in code_words(item.source) if tag == "B-keyword"}
+        rows.append((item, {"text": item.docstring.split("\n\n")[0], "label": sorted(keywords & _STATEMENTS)}))
+    return rows
+
+
+def sizes(items: list[Item]) -> list[tuple[Item, Row]]:
+    """Rows with a number: a docstring's first paragraph, and the logarithm (base 2) of the lines it stands for."""
+    return [
+        (item, {"text": item.docstring.split("\n\n")[0], "label": round(math.log2(1 + text.count("\n")), 3)})
+        for item, text in ((item, item.source or item.docstring) for item in items)
+    ]
+
+
+def tagged_words(items: list[Item]) -> list[tuple[Item, Row]]:
+    """Rows of words with a tag each (IOB2): the first words of a source, and which are strings, comments, names ..."""
+    rows = []
+    for item in items:
+        pairs = code_words(item.source) if item.source else _tagged("string", item.docstring)
+        if found := list(itertools.islice(pairs, _MOST_WORDS)):
+            rows.append((item, {"tokens": [word for word, _ in found], "tags": [tag for _, tag in found]}))
+    return rows
+
+
+def code_words(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the words of Python source, each with its kind as a tag, up to the first that does not parse."""
+    before = ""
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            yield from _tagged(_kind(token, before), token.string)
+            before = token.string
+    except (tokenize.TokenError, SyntaxError):
+        return  # the head of a class may be no whole statement
+
+
 VIEWS: dict[str, Callable[[list[Item]], list[tuple[Item, Row]]]] = {
     "causal_lm": documents,
+    "masked_lm": documents,
     "sft": instructions,
     "classification": kinds,
+    "multi_label": statements,
+    "regression": sizes,
+    "token_classification": tagged_words,
 }
 
 
@@ -105,8 +154,22 @@ def _is_held_out(module: str) -> bool:
 def _text_keys(item: Item, row: Row) -> set[str]:
     """Everything in a row that must not stand on the other side of the split, up to white space and case."""
     texts = [item.docstring, item.docstring.split("\n\n")[0], row.get("text", "")]
-    texts += [turn["content"] for turn in row.get("messages", [])]
+    texts += [turn["content"] for turn in row.get("messages", [])] + [" ".join(row.get("tokens", []))]
     return {" ".join(text.lower().split()) for text in texts if text}
+
+
+def _tagged(kind: str | None, text: str) -> Iterator[tuple[str, str]]:
+    for number, word in enumerate(text.split()):
+        yield word, f"{'I' if number else 'B'}-{kind}" if kind else "O"
+
+
+def _kind(token: tokenize.TokenInfo, before: str) -> str | None:
+    """The kind of a token of Python source; None for operators, and for names that are none of these."""
+    if token.type != tokenize.NAME:
+        return {tokenize.STRING: "string", tokenize.COMMENT: "comment", tokenize.NUMBER: "number"}.get(token.type)
+    if before in ("def", "class"):
+        return "definition"
+    return "keyword" if keyword.iskeyword(token.string) else "builtin" if hasattr(builtins, token.string) else None
 
 
 def _is_public(name: str) -> bool:

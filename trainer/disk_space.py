@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from serving.directory import BadInput
-from trainer.config import RunConfig
+from trainer.config import Optim, RunConfig
+from trainer.optim import state_numel
 from trainer.out_of_memory import in_words
 
-_WEIGHT_AND_MOMENTS_BYTES = 3 * 4
+_FP32_BYTES = 4
 
 
 def check(config: RunConfig, model: torch.nn.Module) -> str:
@@ -24,8 +25,9 @@ def check(config: RunConfig, model: torch.nn.Module) -> str:
             f"run.dir: {folder} has no room for the model, which needs {in_words(model_bytes(model))}; {found}; "
             "free some space or choose another run.dir"
         )
+    one = checkpoint_bytes(model, config.optim)
     already = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = model_bytes(model) + max(0, count * checkpoint_bytes(model) - already)
+    needed = model_bytes(model) + max(0, count * one - already)
     if needed <= free:
         return ""
     kept = f"{count} checkpoints at a time" if config.checkpoint.every else "the last checkpoint"
@@ -39,12 +41,12 @@ def check(config: RunConfig, model: torch.nn.Module) -> str:
 def has_room_for_one_more(config: RunConfig, model: torch.nn.Module) -> bool:
     """Whether a checkpoint and then the model can be written, as far as anybody says."""
     free = free_bytes(config.run.folder)
-    return free is None or checkpoint_bytes(model) + model_bytes(model) <= free
+    return free is None or checkpoint_bytes(model, config.optim) + model_bytes(model) <= free
 
 
 def num_checkpoints(config: RunConfig) -> int:
-    """Return how many lie there at a time: one more than are kept, or just the last one."""
-    return config.checkpoint.keep + 1 if config.checkpoint.every else 1
+    """Return how many lie there at a time: one more than are kept, or just the last one; and the best."""
+    return (config.checkpoint.keep + 1 if config.checkpoint.every else 1) + config.checkpoint.best
 
 
 def model_bytes(model: torch.nn.Module) -> int:
@@ -52,10 +54,10 @@ def model_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters()) + _buffer_bytes(model)
 
 
-def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Return the size of a checkpoint: each weight that learns, with AdamW's two moments, in fp32."""
+def checkpoint_bytes(model: torch.nn.Module, optim: Optim) -> int:
+    """Return the size of a checkpoint: each weight that learns, and what the optimizer keeps, in fp32."""
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return _WEIGHT_AND_MOMENTS_BYTES * learning + _buffer_bytes(model)
+    return _FP32_BYTES * (learning + state_numel(model, optim)) + _buffer_bytes(model)
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -38,8 +38,11 @@ class NotFinite(RunFailed):
 class World:
     """This process's place among the ranks, and what they do together."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, precision: str = "fp32") -> None:
         self.accelerator = accelerator
+        self.precision = precision
+        # With fp16 the loss is scaled up, so that small gradients do not vanish, as far as large ones allow.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type) if precision == "fp16" else None
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.mode = _MODES[accelerator.distributed_type]
         self.is_main = accelerator.is_main_process
@@ -49,6 +52,13 @@ class World:
         """ZeRO stage, 0 outside DeepSpeed."""
         plugin = self.accelerator.state.deepspeed_plugin if self.mode == "deepspeed" else None
         return int(plugin.zero_stage) if plugin else 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context of a forward pass, in the precision of the run. DeepSpeed's own weights have it."""
+        if self.mode == "deepspeed" or self.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.accelerator.device.type, dtype)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return each value summed over the ranks, in fp64."""
@@ -79,18 +89,21 @@ def start(config: RunConfig) -> World:
     _check_launch_precision(config)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise BadInput("distributed_type: FSDP found in the launch config; accepted for now: MULTI_GPU, DEEPSPEED")
-    precision = "no" if config.precision.type == "fp32" else config.precision.type
+    precision = config.precision.type
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed even where it is not used
     if with_deepspeed:
         # DeepSpeed 0.19 calls collectives by names that torch is giving up.
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        _check_deepspeed(config)
+    # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
+    mixed = "bf16" if with_deepspeed and precision == "bf16" else "no"
     if with_deepspeed and on_cpu:
         _compile_nothing()
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     else:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
-    world = World(accelerator)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    world = World(accelerator, precision)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     assert world.size == expected, f"the launcher started {expected} processes, but they form a world of {world.size}"
     assert with_deepspeed == (world.mode == "deepspeed"), f"DeepSpeed asked for: {with_deepspeed}; got {world.mode}"
@@ -121,7 +134,7 @@ def backward(world: World, model: torch.nn.Module, loss: torch.Tensor, *, accumu
         if not is_last:
             model.step()  # only counts the micro-batch
         return
-    world.accelerator.backward(loss)
+    (world.scaler.scale(loss) if world.scaler else loss).backward()
 
 
 def accumulating(world: World, model: torch.nn.Module, *, is_last: bool):
@@ -132,33 +145,26 @@ def accumulating(world: World, model: torch.nn.Module, *, is_last: bool):
 
 
 def finish_step(
-    world: World,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    learning_rate: float,
-    max_norm: float,
-    where: str,
-    step: int,
+    world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, learning_rate: float, max_norm: float
 ) -> float:
     """Clip, step and clear the gradients; return their norm before clipping.
 
-    Raises NotFinite, saying `where`, with `step` steps finished, if the norm is not finite: before the optimizer
-    steps, save under DeepSpeed.
+    Where it is not finite there is no step: weights and optimizer are as before, and so is the rest but a smaller
+    scale of the loss under fp16. Under DeepSpeed there was one: its engine tells the norm afterwards.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if world.mode == "deepspeed":
         model.step()
-        norm = float(model.get_global_grad_norm())
-    else:
-        norm = float(world.accelerator.clip_grad_norm_(model.parameters(), max_norm))
-    if not math.isfinite(norm):
-        message = f"{where}: the norm of the gradients is {norm}; lower optim.lr, or mend those rows"
-        raise NotFinite(message, step=step)
-    if world.mode != "deepspeed":
+        return float(model.get_global_grad_norm())
+    if world.scaler:
+        world.scaler.unscale_(optimizer.optimizer)
+    norm = float(world.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    if math.isfinite(norm):
         optimizer.step()
-        optimizer.zero_grad()
+    if world.scaler:
+        world.scaler.update()
+    optimizer.zero_grad()
     return norm
 
 
@@ -176,3 +182,15 @@ def _check_launch_precision(config: RunConfig) -> None:
             f"mixed_precision: {launched!r} in the launch config, but precision.type is {config.precision.type!r}; "
             f"the run config owns precision: remove mixed_precision from the launch config"
         )
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """Raise BadInput for what DeepSpeed's engine would do in its own way, or not at all."""
+    for key, found, accepted in (
+        ("optim.type", config.optim.type, "adamw"),
+        ("optim.on_non_finite", config.optim.on_non_finite, "stop"),
+    ):
+        if found != accepted:
+            raise BadInput(f"{key}: {found} found; accepted with DeepSpeed: {accepted}; use it, or --parallel ddp")
+    if config.precision.type == "fp16":
+        raise BadInput("precision.type: fp16 found; accepted with DeepSpeed: fp32, bf16; use one, or --parallel ddp")

@@ -3,22 +3,38 @@
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from serving import directory
-from trainer import checkpoint, disk_space, distributed, order, out_of_memory, run_folder, tracking
+from trainer import (
+    checkpoint,
+    disk_space,
+    distributed,
+    early_stop,
+    leaks,
+    order,
+    out_of_memory,
+    profile,
+    run_folder,
+    samples,
+    tracking,
+)
 from trainer.build import Parts, build
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import NotFinite
-from trainer.evaluate import evaluate, to_device
+from trainer.evaluate import Metrics, evaluate, to_device
+from trainer.flops import flops_per_token
 from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
 from trainer.plan import Plan, make_plan
-from trainer.progress import finish, leave, save, save_before_model
+from trainer.progress import finish, is_best, leave, save, save_before_model
+from trainer.skipped import step_or_skip
+from trainer.strategies import unfreeze
 
 
 def train(config: RunConfig, config_yaml: str) -> int:
@@ -46,62 +62,60 @@ def train(config: RunConfig, config_yaml: str) -> int:
 
 def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
     """Take the steps that are left and write the results; return the exit code."""
-    world, model, optimizer, feed = parts.world, parts.model, parts.optimizer, parts.feed
+    world, model, feed = parts.world, parts.model, parts.feed
     started, saved_step = time.perf_counter() - done.elapsed_s, done.step
+    metrics = Metrics()
     if world.any(bool(stop.signal_name)):  # while the run was being built
         return leave(config, world, done, stop, log)
     if done.step == 0:
-        evaluate_and_log(parts, log, 0, started)
-    for step in range(done.step, config.run.steps):
-        step_started, data_wait_s = time.perf_counter(), 0.0
-        # Ranks hold different numbers of targets, so divide by the global count: a mean of means is biased.
-        count = feed.count_at(step)
-        loss_sum = torch.zeros((), device=world.accelerator.device)
-        batches = feed.micro_batches(step)
-        for i in range(feed.accumulation):
-            asked = time.perf_counter()
-            batch = to_device(world, next(batches))
-            data_wait_s += time.perf_counter() - asked
-            is_last = i == feed.accumulation - 1
-            torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
-            with distributed.accumulating(world, model, is_last=is_last):
-                with world.accelerator.autocast():
-                    loss = parts.objective.sums(model, batch)["loss"]
-                # Gradients are averaged over ranks, so the sum over all targets is size * mean.
-                scale = world.size / max(count, 1)
-                distributed.backward(world, model, loss * scale, accumulation=feed.accumulation, is_last=is_last)
-            loss_sum += loss.detach()
-        total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
-        where = f"step {step + 1}, rows {feed.rows_at(step)} of the training data"
-        if not math.isfinite(total_loss):
-            raise NotFinite(f"{where}: the loss is {total_loss}; lower optim.lr, or mend those rows", step=step)
-        lr = learning_rate(step, config.optim, config.run.steps)
-        norm = distributed.finish_step(
-            world, model, optimizer, learning_rate=lr, max_norm=config.optim.max_grad_norm, where=where, step=step
-        )
-        tokens, now = feed.tokens_at(step), time.perf_counter()
-        done = Counters(step + 1, done.total_tokens + tokens, now - started)
-        if log is not None:
-            log.train(
-                done.step,
-                loss=total_loss / max(count, 1),
-                lr=lr,
-                grad_norm=norm,
-                tokens=tokens,
-                total_tokens=done.total_tokens,
-                tokens_per_s=tokens / (now - step_started),
-                data_wait_s=data_wait_s,
-                memory_bytes=peak_memory_bytes(),
-                elapsed_s=done.elapsed_s,
-            )
-        if is_due(done.step, config.evaluation.every) and done.step < config.run.steps:
-            evaluate_and_log(parts, log, done.step, started)
-        if stops or is_due(done.step, config.checkpoint.every):
-            save(config, parts, done)
-            saved_step = done.step
-        if stops and done.step < config.run.steps:
-            return leave(config, world, done, stop, log)
-    metrics = evaluate_and_log(parts, log, done.step, started)
+        done, _ = evaluate_and_log(config, parts, log, done, started)
+    with profile.window(config, is_main=world.is_main) as profiled:
+        for step in range(done.step, config.run.steps):
+            if reason := early_stop.reason(config.evaluation, done.scores, parts.objective.score[1]):
+                if log is not None:
+                    log.say(reason)
+                break
+            profiled(step)
+            if (joined := unfreeze(world.accelerator.unwrap_model(model), step)) and log is not None:
+                log.say(f"step {step}: {joined:,} more weights learn from here on")
+            step_started, data_wait_s, metrics = time.perf_counter(), 0.0, Metrics()
+            # Ranks hold different numbers of targets, so divide by the global count: a mean of means is biased.
+            count = feed.count_at(step)
+            loss_sum = torch.zeros((), device=world.accelerator.device)
+            batches = feed.micro_batches(step)
+            for i in range(feed.accumulation):
+                asked = time.perf_counter()
+                batch = to_device(world, next(batches))
+                data_wait_s += time.perf_counter() - asked
+                is_last = i == feed.accumulation - 1
+                torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
+                with distributed.accumulating(world, model, is_last=is_last):
+                    with world.autocast():
+                        loss = parts.objective.sums(model, batch)["loss"]
+                    # Gradients are averaged over ranks, so the sum over all targets is size * mean.
+                    scale = world.size / (count or 1)
+                    distributed.backward(world, model, loss * scale, accumulation=feed.accumulation, is_last=is_last)
+                loss_sum += loss.detach()
+            total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
+            lr = learning_rate(step, config.optim, config.run.steps)
+            done = step_or_skip(config, parts, log, done, loss=total_loss, learning_rate=lr)
+            tokens, now = feed.tokens_at(step), time.perf_counter()
+            done = replace(done, step=step + 1, total_tokens=done.total_tokens + tokens, elapsed_s=now - started)
+            if log is not None and not done.skipped_in_a_row:
+                log.train(
+                    done.step, loss=total_loss / (count or 1), lr=lr, grad_norm=done.last_norm, tokens=tokens,
+                    total_tokens=done.total_tokens, tokens_per_s=tokens / (now - step_started),
+                    data_wait_s=data_wait_s, memory_bytes=peak_memory_bytes(), elapsed_s=done.elapsed_s,
+                )  # fmt: skip
+            if is_due(done.step, config.evaluation.every) and done.step < config.run.steps:
+                done, metrics = evaluate_and_log(config, parts, log, done, started)
+            if stops or is_due(done.step, config.checkpoint.every) or is_best(config, parts, done):
+                save(config, parts, done)
+                saved_step = done.step
+            if stops and done.step < config.run.steps:
+                return leave(config, world, done, stop, log)
+    if not metrics:
+        done, metrics = evaluate_and_log(config, parts, log, done, started)
     if saved_step < done.step:
         save_before_model(config, parts, done)
     finish(config, parts, done, metrics)
@@ -118,7 +132,9 @@ def resume(config: RunConfig, parts: Parts) -> Counters:
         return Counters()
     if parts.world.is_main:
         Terminal.say_once(f"going on from {path}")
-    return checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
+    done = checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
+    parts.feed.go_on_after(done.step, done.feed)
+    return done
 
 
 def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
@@ -130,7 +146,8 @@ def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | 
         return None  # its engine divides gradients and moments among the ranks
     model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
     row = to_device(parts.world, parts.feed.longest(1))
-    plan = make_plan(model, parts.objective, row, config, world_size=world_size, autocast=accelerator.autocast)
+    with torch.compiler.set_stance("force_eager"):  # a few tokens, that no code is worth making for
+        plan = make_plan(model, parts.objective, row, config, world_size=world_size, autocast=parts.world.autocast)
     warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device, world_size=world_size)
     if warning and parts.world.is_main:
         Terminal.say_once(warning)
@@ -148,10 +165,19 @@ def rehearse(parts: Parts) -> None:
     if parts.world.mode == "deepspeed":
         return  # its engine counts every backward pass as part of a step
     batch = to_device(parts.world, parts.feed.longest())
-    with parts.world.accelerator.autocast():
+    with parts.world.autocast():
         loss = parts.objective.sums(parts.model, batch)["loss"]
-    parts.world.accelerator.backward(loss * 0.0)
+    (loss * 0.0).backward()
     parts.optimizer.zero_grad()
+
+
+def count_flops(parts: Parts) -> float | None:
+    """Return how much arithmetic a token takes; None under DeepSpeed, where each backward pass is part of a step."""
+    world = parts.world
+    if world.mode == "deepspeed":
+        return None
+    row = to_device(world, parts.feed.longest(1))
+    return flops_per_token(world.accelerator.unwrap_model(parts.model), parts.objective, row, world.autocast)
 
 
 def start(config: RunConfig, config_yaml: str, parts: Parts, done: Counters) -> RunLog:
@@ -164,6 +190,8 @@ def start(config: RunConfig, config_yaml: str, parts: Parts, done: Counters) -> 
     with starting(folder):
         directory.write_text(folder / "config.yaml", config_yaml)
         run_folder.write_status(folder, "running", code=None, step=done.step)
+        if parts.splits.leaks is not None:
+            leaks.write(folder, parts.splits.leaks)
         try:
             with tracking.opened(config, parts.samples(config.log.sample_text)) as trackers:
                 return RunLog(
@@ -173,6 +201,8 @@ def start(config: RunConfig, config_yaml: str, parts: Parts, done: Counters) -> 
                     every=config.log.every,
                     tensorboard=config.log.tensorboard,
                     trackers=trackers,
+                    is_over=bool(early_stop.reason(config.evaluation, done.scores, parts.objective.score[1])),
+                    flops_per_token=count_flops(parts),
                 )
         except Exception as error:
             run_folder.write_status(folder, "failed", code=2, step=done.step, reason=str(error))
@@ -183,8 +213,14 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float) -> dict[str, float]:
-    """Return the held-out metrics after `step` steps, logged on the main rank. Raises NotFinite for NaN or infinity."""
+def evaluate_and_log(
+    config: RunConfig, parts: Parts, log: RunLog | None, done: Counters, started: float
+) -> tuple[Counters, Metrics]:
+    """Return the counters with the score, and the held-out metrics, which are logged on the main rank, with samples.
+
+    Raises NotFinite for NaN or infinity.
+    """
+    step = done.step
     metrics = evaluate(parts.world, parts.model, parts.objective, parts.feed)
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -192,4 +228,7 @@ def evaluate_and_log(parts: Parts, log: RunLog | None, step: int, started: float
             raise NotFinite(f"step {step}: the held-out {name} is {value}; {mend}", step=step)
     if log is not None:
         log.evaluation(step, metrics, time.perf_counter() - started)
-    return metrics
+        for line in samples.write(config, parts, step) if config.evaluation.samples else ():
+            log.say(line)
+    scores = {**done.scores, str(step): metrics[parts.objective.score[0]]} if step else {}
+    return replace(done, scores=scores), metrics

@@ -1,10 +1,12 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, trackers, and a progress bar or lines on the terminal."""
 
 import contextlib
+import datetime
 import json
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,10 +36,13 @@ class RunLog:
         every: int,
         tensorboard: bool,
         trackers: Sequence[Tracker] = (),
+        is_over: bool = False,
+        flops_per_token: float | None = None,
     ) -> None:
+        """`is_over`: the run goes on at its early end, so its last evaluation comes again there."""
         self.path = folder / "metrics.jsonl"
-        self.every, self.total_steps = every, total_steps
-        kept = _kept(self.path, start_step, total_steps)
+        self.every, self.total_steps, self.flops_per_token = every, total_steps, flops_per_token
+        kept = _kept(self.path, start_step, start_step if is_over else total_steps)
         directory.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         self._writer = _tensorboard(folder / "tensorboard", start_step) if tensorboard else None
@@ -59,9 +64,16 @@ class RunLog:
 
     def train(self, step: int, **fields: Any) -> None:
         """Log a training step (1-based: steps done)."""
+        if self.flops_per_token is not None:
+            fields["flops_per_s"] = self.flops_per_token * fields["tokens_per_s"]
         if step % self.every == 0 or step in (1, self.total_steps):
             self._write("train", step, fields)
         self._terminal.step(step, fields)
+
+    def skip(self, step: int, problem: str, skipped_steps: int) -> None:
+        """Log a step that was not taken. Its numbers are none, so it has no training line."""
+        self._write("skip", step, {"skipped_steps": skipped_steps})
+        self._terminal.say(f"step {step} was skipped: {problem} ({skipped_steps} so far)")
 
     def evaluation(self, step: int, metrics: dict[str, float], elapsed_s: float) -> None:
         """Log the held-out metrics after `step` steps."""
@@ -98,7 +110,7 @@ class Terminal:
 
     def __init__(self, name: str, start_step: int, total_steps: int) -> None:
         self.console = Console(stderr=True)
-        self.total_steps = total_steps
+        self.total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
         self._progress = Progress(
             TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
@@ -110,7 +122,12 @@ class Terminal:
         shown = f"loss {fields['loss']:.3f}  {fields['tokens_per_s']:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, shown=shown)
         if not self.console.is_terminal and (step % max(1, self.total_steps // 10) == 0 or step == 1):
-            self.say(f"step {step}/{self.total_steps}: {shown}")
+            self.say(f"step {step}/{self.total_steps}: {shown}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """How long the steps to come will take, at the pace of those of this process."""
+        seconds = (time.perf_counter() - self._started) / (step - self._start_step) * (self.total_steps - step)
+        return f"  {datetime.timedelta(seconds=round(seconds))} left" if seconds >= 1 else ""
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)

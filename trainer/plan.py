@@ -2,28 +2,32 @@
 
 Shape letters: B rows of a forward pass, T tokens of a row, V vocabulary.
 
-Exact: weights, gradients, AdamW's two moments, the tensors of a batch, and the arrays [B, T, V] of the loss, of which
-three exist at once (log-probabilities, their gradient, the gradient of the logits). Estimated: activations. What
-autograd keeps of one and of two short rows is counted at two lengths T; what a row adds is taken to grow as
-a * T + b * T * T, and what does not grow with the rows (weights cast to bf16) to stay.
+Exact: weights, gradients, what the optimizer keeps, the tensors of a batch, and the arrays [B, T, V] of the loss, of
+which three exist at once (log-probabilities, their gradient, the gradient of the logits), or one, of a part of the
+B * T rows, where the loss takes them part by part. Estimated: activations. What autograd keeps of one and of two short
+rows is counted at two lengths T; what a row adds is taken to grow as a * T + b * T * T, as if it held one example, and
+what does not grow with the rows (weights cast to bf16) to stay. Where activations are computed again, those of one
+block count.
 
 Not counted: what one operation needs while it runs, the libraries, and the allocator's slack. Measured on a CPU (Llama
-of 3 to 5 M weights, 2,000 to 8,000 tokens a pass), the peak was 1.02 to 1.05 times the plan in fp32 and 1.16 times in
+of 3 to 5 M weights, 2,000 to 8,000 tokens a pass), the peak was 1.02 to 1.05 times the plan in fp32 and 1.5 times in
 bf16 where malloc gave every freed block back, and 1.2 to 1.4 times as glibc comes. DeepSpeed's sharding of gradients
 and moments is not counted, so there the plan would be too high.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.config import RunConfig
 from trainer.feed import micro_rows
 from trainer.objectives import Objective
-from trainer.packing import Batch
+from trainer.optim import state_numel
+from trainer.packing import Batch, repeated
 
 _PROBE_LENGTH = 32  # tokens of the longer probe: long enough that T * T shows, short enough to cost nothing
 _FP32_BYTES = 4
@@ -46,6 +50,8 @@ class Plan:
     rows: int  # of an optimizer step, on this rank
     micro_rows: int
     length: int
+    logits_at_once: int | None = None  # rows
+    tied_head_bytes: int = 0  # the gradient of an output layer, beside that of the embedding it shares weights with
 
     @property
     def activations_bytes(self) -> int:
@@ -55,8 +61,9 @@ class Plan:
 
     @property
     def logits_bytes(self) -> int:
-        """The arrays [B, T, V] that the loss needs at once; 0 where there is one logit row per text."""
-        return self.micro_rows * self.length * self.logits_token_bytes
+        """The arrays that the loss needs at once; 0 where there is one logit row per text."""
+        tokens = self.micro_rows * self.length
+        return min(tokens, self.logits_at_once or tokens) * self.logits_token_bytes + self.tied_head_bytes
 
     @property
     def batch_bytes(self) -> int:
@@ -86,32 +93,39 @@ def make_plan(
     parameters, buffers = list(model.parameters()), list(model.buffers())
     learning = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
     length = row["input_ids"].shape[1]
-    vocabulary = model.get_output_embeddings().weight.shape[0] if row["targets"].dim() > 1 else 0
+    head = model.get_output_embeddings() if row["targets"].dim() > 1 else None
+    vocabulary = 0 if head is None else head.weight.shape[0]
+    kept_logits = vocabulary if objective.logits_at_once is None else 0
     longer = min(length, _PROBE_LENGTH)
     shorter = max(1, longer // 2)
 
     def kept(num_rows: int, num_tokens: int) -> int:
-        counted = _kept_bytes(model, objective, _piece(row, num_rows, num_tokens), autocast)
-        return counted - num_rows * num_tokens * vocabulary * _FP32_BYTES  # one array of the loss, counted as such
+        counted = _kept_bytes(model, objective, repeated(row, num_tokens, num_rows), autocast)
+        return counted - num_rows * num_tokens * kept_logits * _FP32_BYTES  # one array of the loss, counted as such
 
     kept_by_one = kept(1, longer)
-    row_bytes = [kept(2, shorter) - kept(1, shorter), kept(2, longer) - kept_by_one]
+    row_bytes: list[float] = [kept(2, shorter) - kept(1, shorter), kept(2, longer) - kept_by_one]
+    with nothing_again(model) as num_blocks:  # computed again, one block at a time has all its activations
+        for i, t in enumerate((shorter, longer) if num_blocks else ()):
+            row_bytes[i] += (kept(2, t) - kept(1, t) - row_bytes[i]) / num_blocks
     activation_token, activation_pair = _fit(shorter, longer, *row_bytes)
-    tensors = [sum(tensor.nbytes for tensor in _piece(row, 1, t).values()) for t in (shorter, longer)]
+    tensors = [sum(tensor.nbytes for tensor in repeated(row, t, 1).values()) for t in (shorter, longer)]
     batch_token, batch_pair = _fit(shorter, longer, *tensors)
     return Plan(
         weights_bytes=sum(tensor.nbytes for tensor in parameters + buffers),
         gradients_bytes=learning,
-        optimizer_bytes=2 * learning,
-        activation_fixed_bytes=max(0, kept_by_one - row_bytes[1]),
+        optimizer_bytes=_FP32_BYTES * state_numel(model, config.optim),
+        activation_fixed_bytes=max(0, kept_by_one - round(row_bytes[1])),
         activation_token_bytes=activation_token,
         activation_pair_bytes=activation_pair,
         batch_token_bytes=batch_token,
         batch_pair_bytes=batch_pair,
-        logits_token_bytes=_LOSS_ARRAYS * vocabulary * _FP32_BYTES,
+        logits_token_bytes=(_LOSS_ARRAYS if kept_logits else 1) * vocabulary * _FP32_BYTES,
         rows=config.batch.rows // world_size,
         micro_rows=micro_rows(config, world_size),
         length=length,
+        logits_at_once=objective.logits_at_once,
+        tied_head_bytes=_tied_head_bytes(model, head) if objective.logits_at_once else 0,
     )
 
 
@@ -140,12 +154,6 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)}, reverse=True)
 
 
-def _piece(row: Batch, num_rows: int, length: int) -> Batch:
-    """The first `length` tokens of the first row of a batch, `num_rows` times."""
-    cut = {1: (slice(1),), 2: (slice(1), slice(length)), 4: (slice(1), slice(None), slice(length), slice(length))}
-    return {name: torch.cat([tensor[cut[tensor.dim()]]] * num_rows) for name, tensor in row.items()}
-
-
 def _kept_bytes(model: torch.nn.Module, objective: Objective, batch: Batch, autocast) -> int:
     """The bytes that autograd keeps for the backward pass, each storage once, without those of the model itself."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -161,6 +169,25 @@ def _kept_bytes(model: torch.nn.Module, objective: Objective, batch: Batch, auto
         loss = objective.sums(model, batch)["loss"]  # while it lives, no storage is given to another tensor
     del loss
     return sum(kept.values())
+
+
+def _tied_head_bytes(model: torch.nn.Module, head: torch.nn.Module | None) -> int:
+    if head is None or not head.weight.requires_grad or head.weight is not model.get_input_embeddings().weight:
+        return 0
+    return _FP32_BYTES * head.weight.numel()
+
+
+@contextmanager
+def nothing_again(model: torch.nn.Module) -> Iterator[int]:
+    """While open, no block computes its activations again; yields how many blocks do otherwise."""
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield sum(isinstance(module, GradientCheckpointingLayer) for module in switched)
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
 
 
 def _fit(shorter: int, longer: int, at_shorter: float, at_longer: float) -> tuple[float, float]:

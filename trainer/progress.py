@@ -1,13 +1,15 @@
 """What is kept of a run's progress, and in which order: a checkpoint, its status, and at the end the model."""
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
-from trainer import checkpoint, disk_space, model_dir, run_folder
+from trainer import checkpoint, disk_space, early_stop, model_dir, run_folder
 from trainer.build import Parts
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.evaluate import Metrics, evaluate
 from trainer.guards import RunFailed, StopRequest, writing
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.strategies import count_parameters
@@ -20,10 +22,38 @@ def save(config: RunConfig, parts: Parts, done: Counters) -> None:
     folder = config.run.folder / "checkpoints"
     with writing(f"{folder}: the checkpoint of step {done.step}", config.run.folder):
         checkpoint.save(
-            folder, parts.world, parts.model, parts.optimizer, done,
-            keep=config.checkpoint.keep, fingerprints=parts.fingerprints,
+            folder, parts.world, parts.model, parts.optimizer, replace(done, feed=parts.feed.state_after(done.step)),
+            keep=config.checkpoint.keep, fingerprints=parts.fingerprints, best=best_step(config, parts, done),
         )  # fmt: skip
     write_status(config, parts.world, "running", None, done.step)
+
+
+def is_best(config: RunConfig, parts: Parts, done: Counters) -> bool:
+    """Whether the step just done is to be kept because none was better."""
+    return done.step > 0 and best_step(config, parts, done) == done.step
+
+
+def best_step(config: RunConfig, parts: Parts, done: Counters) -> int | None:
+    """Return the step whose checkpoint is kept because none was better; None where the config asks for none."""
+    return early_stop.best_step(done.scores, parts.objective.score[1]) if config.checkpoint.best else None
+
+
+def go_back_to_best(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) -> tuple[int, Metrics]:
+    """Load the best checkpoint, where one is kept and it is not the last; return its step, and its metrics.
+
+    Where it was damaged since, the last step stands for it, and that is said.
+    """
+    best = best_step(config, parts, done)
+    if best is None or best == done.step:
+        return done.step, metrics
+    path = checkpoint.step_folder(config.run.folder / "checkpoints", best)
+    reason = checkpoint.verify(path)
+    if parts.world.any(bool(reason)):
+        if parts.world.is_main:
+            Terminal.say_once(f"warning: the best checkpoint cannot be used: {reason}; the model is the last step's")
+        return done.step, metrics
+    checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
+    return best, evaluate(parts.world, parts.model, parts.objective, parts.feed)
 
 
 def save_before_model(config: RunConfig, parts: Parts, done: Counters) -> None:
@@ -51,26 +81,32 @@ def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, lo
     return STOPPED
 
 
-def finish(config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float]) -> None:
-    """Write the model directory and result.json, then the status that says so.
+def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) -> None:
+    """Write the model directory, of the best step where that is asked for, and result.json; then that it is done.
 
-    Removes the last checkpoint where none are asked for: from here on it would only take space.
+    Removes the checkpoints where none are asked for: from here on they would only take space.
     """
     world, folder = parts.world, config.run.folder
+    step, metrics = go_back_to_best(config, parts, done, metrics)
+    test = parts.feed.test
+    tested = evaluate(world, parts.model, parts.objective, parts.feed, test) if len(test) else Metrics()
     if world.is_main:
         model = world.accelerator.unwrap_model(parts.model)
         counts = count_parameters(model)  # before a LoRA is merged
         with writing(f"{folder / 'model'}: the model", folder):
             model_dir.save_model(
                 folder / "model", model, parts.tokenizer, config,
-                labels=parts.objective.labels, step=done.step, metrics=metrics,
+                labels=parts.objective.labels, step=step, metrics=metrics,
             )  # fmt: skip
         with writing(f"{folder / 'result.json'}", folder):
-            run_folder.write_result(folder, **_result(config, parts, done, metrics, *counts))
+            result = _result(config, parts, done, step, metrics, tested, *counts)
+            run_folder.write_result(folder, **result)
     world.barrier()
-    write_status(config, world, "done", 0, done.step)
+    reason = early_stop.reason(config.evaluation, done.scores, parts.objective.score[1])
+    write_status(config, world, "done", 0, done.step, reason if done.step < config.run.steps else "")
     if world.is_main and config.checkpoint.every is None:
-        shutil.rmtree(checkpoint.step_folder(folder / "checkpoints", done.step), ignore_errors=True)
+        for each in {done.step, step}:
+            shutil.rmtree(checkpoint.step_folder(folder / "checkpoints", each), ignore_errors=True)
 
 
 def write_status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:
@@ -81,19 +117,30 @@ def write_status(config: RunConfig, world: World, state: str, code: int | None, 
 
 
 def _result(
-    config: RunConfig, parts: Parts, done: Counters, metrics: dict[str, float], learning: int, total: int
+    config: RunConfig,
+    parts: Parts,
+    done: Counters,
+    model_step: int,
+    metrics: Metrics,
+    tested: Metrics,
+    learning: int,
+    total: int,
 ) -> dict[str, Any]:
     score_name, score_mode = parts.objective.score
     return {
         "objective": config.objective.type,
         "strategy": config.strategy.type,
         "steps": done.step,
+        "model_step": model_step,
+        "skipped_steps": done.skipped_steps,
         "score": metrics[score_name],
         "score_name": score_name,
         "score_mode": score_mode,
         "metrics": metrics,
+        "details": metrics.details,
+        "test_metrics": tested,
         "initial_metrics": _initial_metrics(config),
-        "baseline": parts.objective.baseline(parts.feed.train, parts.feed.held_out, len(parts.tokenizer)),
+        "baseline": parts.objective.baseline(parts.feed.sample, parts.feed.held_out, len(parts.tokenizer)),
         "trainable_parameters": learning,
         "total_parameters": total,
         "tokens": done.total_tokens,

@@ -38,7 +38,7 @@ def config(tmp_path):
         (["optim.lr=.nan"], r"optim\.lr: nan found; accepted: .*finite"),
         (["optim.betas=[0.9, x]"], r"optim\.betas\.1: 'x' found; accepted: number"),
         (["run.name=../up"], r"run\.name: '\.\./up' found"),
-        (["strategy.type=magic"], r"strategy\.type: 'magic' found; accepted: 'scratch', 'full', 'lora'"),
+        (["strategy.type=magic"], r"strategy\.type: 'magic' found; accepted: 'scratch', 'full', 'linear_probe'"),
         (["strategy.type=full"], r"strategy\.type full does not fit model\.type new: use scratch"),
         ([*LORA, "strategy.rank=0"], r"strategy\.rank: 0 found"),
         (["data.type=files"], r"data\.train: missing; add it"),
@@ -79,7 +79,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_an_override_that_changes_a_type_drops_the_other_types_keys(config):
     loaded = config_file.load(config, LORA, RunConfig)
-    assert loaded.model.model_dump() == {"type": "pretrained", "path": "x", "made_by": None}
+    assert loaded.model.model_dump() == {"type": "pretrained", "path": "x", "made_by": None, "trust_remote_code": False}
 
 
 def test_the_saved_form_loads_to_the_same_config_from_elsewhere(tmp_path):

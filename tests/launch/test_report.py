@@ -47,6 +47,21 @@ def test_a_report_shows_the_result_and_the_curves_of_a_run(make_run):
     assert titles(page) == ["Loss", "Learning rate", "Speed", "Gradient norm before clipping"]
 
 
+def test_a_classifier_s_report_has_f1_and_the_confusion_matrix_by_label(make_run):
+    folder = make_run("first")
+    path = folder / "result.json"
+    result = json.loads(path.read_text())
+    details = {"labels": ["noun", "<verb>"], "f1": [0.75, 0.5], "confusion": [[6, 31], [47, 8]]}
+    path.write_text(json.dumps({**result, "details": details}))
+    text = visible_text(write_report([folder]).read_text())
+    assert "first: held-out labels" in text
+    for expected in ("noun", "said <verb>", "0.750", "0.500", "31", "47"):
+        assert expected in text, expected
+    for broken in ({**details, "f1": [0.75]}, {**details, "f1": [0.5, "x"]}, {"labels": 3}, 5, {}):
+        path.write_text(json.dumps({**result, "details": broken}))
+        assert "held-out labels" not in visible_text(write_report([folder]).read_text())
+
+
 def test_a_report_loads_nothing_from_elsewhere(make_run):
     page = write_report([make_run("first"), make_run("second")]).read_text()
     outside = re.findall(r'(?:src|href|url|@import)[=(\s"\']+(?!#)[^"\')>\s]+', page)

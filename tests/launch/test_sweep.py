@@ -122,6 +122,38 @@ def test_lists_of_one_entry_are_combined_each_with_each(sweep_file):
     assert sorted(settings) == [(2, 1.0), (2, 2.0), (4, 1.0), (4, 2.0)]
 
 
+def test_every_strategy_can_be_swept_and_a_list_in_a_list_is_one_value(sweep_file):
+    sweep_file.write_text(
+        SWEEP
+        + """
+  probe: {strategy: {type: linear_probe}}
+  partial: {strategy: {type: partial, train: [["*.1.*", "*norm*"]], stages: [[{step: 2, train: ["*"]}]]}}
+  adapter: {strategy: {type: adapter, size: [4, 8], after: [[mlp]]}}
+  dora: {strategy: {type: lora, dora: true, rslora: [true, false], targets: [[q_proj, v_proj]]}}
+"""
+    )
+    by_name = {trial.name: trial.config.strategy for trial in trials(load(sweep_file))}
+    assert by_name.keys() == {
+        "full-1",
+        "full-2",
+        "lora",
+        "probe",
+        "partial",
+        "adapter-1",
+        "adapter-2",
+        "dora-1",
+        "dora-2",
+    }
+    assert (by_name["probe"].type, by_name["partial"].train) == ("linear_probe", ["*.1.*", "*norm*"])
+    assert [(stage.step, stage.train) for stage in by_name["partial"].stages] == [(2, ["*"])]
+    assert [(by_name[name].size, by_name[name].after) for name in ("adapter-1", "adapter-2")] == [
+        (4, ["mlp"]),
+        (8, ["mlp"]),
+    ]
+    assert [by_name[name].rslora for name in ("dora-1", "dora-2")] == [True, False]
+    assert by_name["dora-1"].targets == ["q_proj", "v_proj"]
+
+
 def test_a_trial_is_the_ordinary_run_that_its_command_names(sweep_file):
     trial = trials(load(sweep_file))[0]
     command = sweep.train_command(trial)

@@ -214,14 +214,26 @@ def test_an_objective_that_is_not_the_models_is_refused(tmp_path, tiny_config):
     source = bare_model(tmp_path / "model", tiny_config("llama"))
     seal(source, "model", objective="classification", labels=["a"], strategy="full", base_model=None, step=1)
     refused(source, tmp_path, r"trivet\.json says classification, but config\.json LlamaForCausalLM")
-    seal(source, "model", objective="seq2seq", labels=None, strategy="full", base_model=None, step=1)
-    refused(source, tmp_path, "objective seq2seq cannot be exported; accepted: causal_lm, sft, classification")
+    for objective in ("masked_lm", "token_classification", "seq2seq"):
+        seal(source, "model", objective=objective, labels=None, strategy="full", base_model=None, step=1)
+        refused(source, tmp_path, f"objective {objective} cannot be exported; accepted: causal_lm, sft, classification")
+
+
+def test_a_model_that_judges_pairs_of_texts_is_refused(tmp_path, classifier_config):
+    """It would be asked about single texts, which it never saw."""
+    source = bare_model(
+        tmp_path / "model", classifier_config("llama"), architectures=["LlamaForSequenceClassification"]
+    )
+    facts = {"labels": ["a", "b"], "strategy": "full", "base_model": None, "step": 1}
+    seal(source, "model", objective="classification", text_pair=True, **facts)
+    refused(source, tmp_path, r"judges pairs of texts \(data\.text_pair\); accepted: models of single texts")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"problem_type": "multi_label_classification"}, "problem_type multi_label_classification cannot be exported"),
+        ({"problem_type": "regression", "id2label": {"0": "stars"}}, "problem_type regression cannot be exported"),
         ({"id2label": {"0": "only"}}, "id2label has 1 names for 1 outputs, numbered 0; accepted: two or more"),
         ({"id2label": {"0": "a", "5": "b"}}, "id2label has 2 names for 2 outputs, numbered 0, 5; accepted"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label has 1 names for 2 outputs"),

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -77,18 +78,24 @@ def data_files(tmp_path_factory, write_rows) -> dict[str, dict[str, Any]]:
 
     def rows(objective: str, count: int) -> list[dict[str, Any]]:
         match objective:
-            case "causal_lm":
+            case "causal_lm" | "masked_lm":
                 return [{"text": words(2, 30)} for _ in range(count)]
             case "sft":
                 chats = [
                     [("user", words(1, 8)), ("assistant", words(1, 12))] * random.randint(1, 2) for _ in range(count)
                 ]
                 return [{"messages": [{"role": who, "content": text} for who, text in chat]} for chat in chats]
+            case "token_classification":
+                counts = [random.randint(1, 9) for _ in range(count)]
+                return [
+                    {"tokens": random.choices(WORDS, k=k), "tags": random.choices(["O", "B-X", "I-X"], k=k)}
+                    for k in counts
+                ]
             case _:
                 return [{"text": words(1, 12), "label": random.choice(["noun", "verb", "other"])} for _ in range(count)]
 
     sections = {}
-    for objective in ("causal_lm", "sft", "classification"):
+    for objective in ("causal_lm", "sft", "classification", "masked_lm", "token_classification"):
         train = write_rows(folder / f"{objective}.jsonl", rows(objective, 40))
         validation = write_rows(folder / f"{objective}-held-out.jsonl", rows(objective, 9))
         sections[objective] = {"type": "files", "train": str(train), "validation": str(validation)}
@@ -101,6 +108,19 @@ def tokenizer():
     from trainer.tokenizers import train_tokenizer
 
     return train_tokenizer([" ".join(WORDS)], 300, 128)
+
+
+@pytest.fixture(scope="session")
+def wordpiece():
+    """BERT's tokenizer with 76 entries: the words, and letters for all others."""
+    import string
+
+    from transformers import BertTokenizer
+
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(word for word in WORDS if len(word) > 1)]
+    numbered = {entry: number for number, entry in enumerate(entries)}
+    return BertTokenizer(vocab=numbered, eos_token="[SEP]", model_max_length=64)
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +139,45 @@ def base_model(tmp_path_factory, tokenizer) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Return a function that makes a random model (16 wide, 2 blocks, 100 tokens) of a family, with a head."""
+    import torch
+    import transformers
+
+    common = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    wide = {"intermediate_size": 32, **sizes}
+    few_keys = {"num_key_value_heads": 1, **wide}
+    configs: dict[str, dict[str, Any]] = {
+        "Llama": {"tie_word_embeddings": True, **few_keys},
+        "Mistral": few_keys,
+        "Qwen2": few_keys,
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, **sizes},
+        "GPTNeoX": wide,
+        "Bert": wide,
+        "Roberta": {**wide, "max_position_embeddings": 66},
+        "DistilBert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
+        "Mixtral": {"num_local_experts": 2, **few_keys},
+    }
+
+    def make(family: str, head: str) -> torch.nn.Module:
+        """`head` is the end of an AutoModelFor... class of transformers; a classifier has three classes."""
+        labels = {"num_labels": 3} if head.endswith("Classification") else {}
+        config = getattr(transformers, f"{family}Config")(**common, **configs[family], **labels)
+        torch.manual_seed(0)
+        return getattr(transformers, f"AutoModelFor{head}").from_config(config).float()
+
+    return make
+
+
+@pytest.fixture
+def base(base_model, tmp_path) -> Path:
+    """A copy of the base model that a test may break."""
+    return Path(shutil.copytree(base_model, tmp_path / "base"))
 
 
 @pytest.fixture
@@ -186,7 +245,7 @@ def parts_of(monkeypatch):
 @pytest.fixture
 def read_lines():
     """Return a function that reads a run's metrics.jsonl, without what depends on the clock or the machine."""
-    clocked = {"tokens_per_s", "data_wait_s", "memory_bytes", "elapsed_s"}
+    clocked = {"tokens_per_s", "flops_per_s", "data_wait_s", "memory_bytes", "elapsed_s"}
 
     def read(config) -> list[dict[str, Any]]:
         lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
@@ -229,7 +288,7 @@ def train_child(child, tmp_path):
     """
     from launch import config_file
 
-    def run(config, *, step: int = 0, act: str = "pass") -> tuple[int, str]:
+    def run(config, *, step: int = 0, act: str = "pass", timeout_s: float = 120) -> tuple[int, str]:
         (tmp_path / "child.yaml").write_text(config_file.to_yaml(config))
         return child(f"""
 import signal, sys
@@ -245,6 +304,6 @@ def log(self, step, **fields):
 RunLog.train = log
 from launch.train import main
 sys.exit(main([{str(tmp_path / "child.yaml")!r}]))
-""")
+""", timeout_s=timeout_s)
 
     return run

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.build import make_rows
 from trainer.config import CausalLM, FileData
+from trainer.dataset import make_rows
 from trainer.objectives import OBJECTIVES
 from trainer.packing import Example
 from trainer.sources import DataError, read_rows
@@ -31,7 +31,9 @@ def test_every_token_after_the_first_and_the_end_is_a_target_once(objective, tok
 
 
 def test_an_empty_text_is_left_out_and_all_empty_is_refused(objective, tokenizer):
-    assert len(objective.encode([{"text": ""}, {"text": "a b"}], tokenizer, 64)) == 1
+    examples = objective.encode([{"text": ""}, {"text": "a b"}, {"text": ""}], tokenizer, 64)
+    assert (len(examples), examples.left_out) == (1, 2)
+    assert objective.why_left_out(64) == "they are empty"
     with pytest.raises(DataError, match=r"data\.text: all 2 rows are empty"):
         make_rows(objective, [{"text": ""}, {"text": ""}], tokenizer, 64)
 
@@ -51,6 +53,7 @@ def test_the_loss_sum_is_the_model_s_own_mean_times_its_count(objective, tokeniz
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    objective.try_out(model, 64)
     [example] = objective.encode([{"text": "the file that it has read"}], tokenizer, 64)
     batch = objective.collate([[example]], tokenizer.pad_token_id, [0])
     inputs = torch.tensor([[*example.input_ids.tolist(), int(example.targets[-1])]])

@@ -124,6 +124,27 @@ def test_the_views_of_an_item_worked_by_hand():
     ]
 
 
+def test_the_views_for_several_labels_numbers_and_tags_worked_by_hand():
+    source = 'def half(n):\n    """For lunch."""\n    if n:  # not 0\n        return abs(n) / 2.5\n'
+    item = corpus.Item("a", "a.half", "function", "For lunch.", source)
+    module = corpus.Item("io", "io", "module", "Streams of\nbytes.", "")
+    assert [row for _, row in corpus.statements([item, module])] == [
+        {"text": "For lunch.", "label": ["if", "return"]},
+        {"text": "Streams of\nbytes.", "label": []},
+    ]
+    assert [row["label"] for _, row in corpus.sizes([item, module])] == [2.322, 1.0]  # log2 of 5 and of 2
+    tags = {
+        "def": "B-keyword", "half": "B-definition", "(": "O", "n": "O", ")": "O", ":": "O", '"""For': "B-string",
+        'lunch."""': "I-string", "if": "B-keyword", "#": "B-comment", "not": "I-comment", "0": "I-comment",
+        "return": "B-keyword", "abs": "B-builtin", "/": "O", "2.5": "B-number",
+    }  # fmt: skip
+    code, prose = (row for _, row in corpus.tagged_words([item, module]))
+    assert list(dict.fromkeys(code["tokens"])) == list(tags)
+    assert code["tags"] == [tags[word] for word in code["tokens"]]
+    assert list(corpus.code_words("class Box:\n")) == [("class", "B-keyword"), ("Box", "B-definition"), (":", "O")]
+    assert prose == {"tokens": ["Streams", "of", "bytes."], "tags": ["B-string", "I-string", "I-string"]}
+
+
 def test_the_real_standard_library_gives_both_sides_of_every_view():
     items = corpus.read_items()
     assert not {"test", "site-packages"} & {item.module.partition(".")[0] for item in items}
@@ -139,4 +160,5 @@ def texts(rows: list[corpus.Row]) -> set[str]:
     """Every text in the rows, without white space and case."""
     found = [row["text"] for row in rows if "text" in row]
     found += [turn["content"] for row in rows for turn in row.get("messages", [])]
+    found += [" ".join(row["tokens"]) for row in rows if "tokens" in row]
     return {"".join(text.split()).casefold() for text in found}

@@ -14,7 +14,11 @@ def check(make_config, monkeypatch):
     def run(models: int, checkpoints: int, less: int = 0, *args, **changes) -> str:
         config = make_config(*args, **changes)
         model = build.build(config).model
-        free = models * disk_space.model_bytes(model) + checkpoints * disk_space.checkpoint_bytes(model) - less
+        free = (
+            models * disk_space.model_bytes(model)
+            + checkpoints * disk_space.checkpoint_bytes(model, config.optim)
+            - less
+        )
         monkeypatch.setattr(disk_space, "free_bytes", lambda folder: free)
         return disk_space.check(config, model)
 
@@ -27,14 +31,17 @@ def tensor_bytes(path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("objective", "strategy"), [("causal_lm", "scratch"), ("sft", "lora"), ("classification", "full")]
+    ("objective", "strategy", "optimizer"),
+    [("causal_lm", "scratch", "adamw"), ("sft", "lora", "sgd"), ("classification", "full", "adafactor")],
 )
-def test_the_sizes_are_those_of_the_files(make_config, parts_of, objective, strategy):
-    config = make_config(objective, strategy, checkpoint={"every": 6})
+def test_the_sizes_are_those_of_the_files(make_config, parts_of, objective, strategy, optimizer):
+    config = make_config(objective, strategy, checkpoint={"every": 6}, optim={"type": optimizer})
     sizes = []
     parts_of(
         config,
-        lambda parts: sizes.extend([disk_space.model_bytes(parts.model), disk_space.checkpoint_bytes(parts.model)]),
+        lambda parts: sizes.extend(
+            [disk_space.model_bytes(parts.model), disk_space.checkpoint_bytes(parts.model, config.optim)]
+        ),
     )
     folder = config.run.folder
     assert sizes[0] == sum(map(tensor_bytes, (folder / "model").rglob("*.safetensors")))
@@ -69,7 +76,7 @@ def test_checkpoints_that_are_there_already_need_no_room_again(check, make_confi
     there.mkdir(parents=True)
     settings = {"every": 2, "keep": 1}
     assert check(1, 1, 0, checkpoint=settings)
-    size = disk_space.checkpoint_bytes(build.build(make_config()).model)
+    size = disk_space.checkpoint_bytes(build.build(make_config()).model, make_config().optim)
     (there / "rank-00000.safetensors").write_bytes(bytes(size))
     assert check(1, 1, 0, checkpoint=settings) == ""
 

@@ -18,8 +18,8 @@ from trainer import build, checkpoint, loop
 from trainer.distributed import NotFinite
 from trainer.evaluate import evaluate
 from trainer.guards import RunFailed
-from trainer.losses import cross_entropy_sum
-from trainer.packing import IGNORED
+from trainer.lm_head import Head
+from trainer.packing import IGNORED, repeated
 
 
 def losses(config, read_lines) -> list[float]:
@@ -250,11 +250,11 @@ def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, mo
 
     nan = float("nan")
     if poison_at == "loss":
-        monkeypatch.setattr("trainer.objectives.causal_lm.cross_entropy_sum", poisoned(cross_entropy_sum, call=9))
+        monkeypatch.setattr("trainer.lm_head.Head.loss_sum", poisoned(Head.loss_sum, call=10))
     else:
         monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", poisoned(Accelerator.clip_grad_norm_, call=3))
-    # The losses before that of step 3: four for the memory plan, of the rehearsal, of the evaluation before step 0,
-    # of steps 1 and 2.
+    # The losses before that of step 3: four for the memory plan, of the rehearsal, one to count its arithmetic, of the
+    # evaluation before step 0, of steps 1 and 2.
     with pytest.raises(NotFinite, match=said) as caught:
         train(make_config(evaluation={"max_rows": 1}))
     assert caught.value.step == 2
@@ -330,7 +330,7 @@ def test_where_there_is_no_room_for_a_last_checkpoint_the_model_is_written_witho
     config = make_config()
     model = build.build(config).model
     if why == "no room for both":
-        free = disk_space.model_bytes(model) + disk_space.checkpoint_bytes(model) - 1
+        free = disk_space.model_bytes(model) + disk_space.checkpoint_bytes(model, config.optim) - 1
         monkeypatch.setattr(disk_space, "free_bytes", lambda folder: free)
         monkeypatch.setattr("trainer.checkpoint.save", lambda *args, **kwargs: pytest.fail("it was tried"))
     else:
@@ -344,20 +344,16 @@ def test_where_there_is_no_room_for_a_last_checkpoint_the_model_is_written_witho
 
 def test_the_memory_plan_runs_its_row_on_the_device_of_the_run(make_config, monkeypatch):
     """The device "meta" stands for a GPU: it is not where a batch is made."""
-    parts = build.build(make_config())
-    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model: model, autocast=nullcontext)
-    parts.world = SimpleNamespace(mode="single", size=1, is_main=True, accelerator=accelerator)
-    parts.model = parts.model.to("meta")
-    rows, make_plan = [], loop.make_plan
-    monkeypatch.setattr(
-        loop,
-        "make_plan",
-        lambda model, objective, row, *rest, **named: (
-            rows.append(row) or make_plan(model, objective, row, *rest, **named)
-        ),
-    )
-    assert loop.check_memory(make_config(), parts, world_size=1).weights_bytes > 0
-    assert {tensor.device.type for tensor in rows[0].values()} == {"meta"}
+    config = make_config()
+    parts = build.build(config)
+    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model: model)
+    parts.world = SimpleNamespace(mode="single", size=1, is_main=True, accelerator=accelerator, autocast=nullcontext)
+    rows = []
+    monkeypatch.setattr(loop, "make_plan", lambda model, objective, row, *rest, **named: rows.append(row))
+    monkeypatch.setattr("trainer.out_of_memory.refuse_what_cannot_fit", lambda *args, **named: "")
+    loop.check_memory(config, parts, world_size=1)
+    for batch in (rows[0], repeated(rows[0], 4, 2)):
+        assert {tensor.device.type for tensor in batch.values()} == {"meta"}
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(make_config):
@@ -378,9 +374,10 @@ def test_bad_data_leaves_no_run_folder(make_config, train, tmp_path):
 
 
 def test_the_longest_rows_are_rehearsed_without_a_trace(make_config):
-    parts = build.build(make_config(batch={"rows": 2, "max_length": 24}))
+    config = make_config(batch={"rows": 2, "max_length": 24})
+    parts = build.build(config)
     longest = parts.feed.longest()
-    assert int((longest["input_ids"] != parts.tokenizer.pad_token_id).sum(-1).max()) == 24
+    assert longest["input_ids"].shape == (1, 2 * 24)
     before = [p.detach().clone() for p in parts.model.parameters()]
     ran = []
     parts.model.register_forward_pre_hook(
@@ -405,3 +402,15 @@ def test_bf16_computes_in_bf16_and_keeps_and_saves_fp32(make_config, train, trai
     assert found == pytest.approx(expected, rel=0.02)
     with safe_open(rough.run.folder / "model" / "model.safetensors", "pt") as tensors:
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_the_test_rows_are_scored_once_at_the_end_by_the_model_that_is_written(make_config, train, data_files):
+    held_out = data_files["classification"]["validation"]
+    config = make_config("classification", "full", data={"test": held_out}, evaluation={"max_rows": 100})
+    assert train(config) == 0
+    result = json.loads((config.run.folder / "result.json").read_text())
+    assert result["test_metrics"] == pytest.approx(result["metrics"]), "the same rows here"
+    assert sum(map(sum, result["details"]["confusion"])) == 9
+    none = make_config("classification", "full", run={"name": "none"})
+    assert train(none) == 0
+    assert json.loads((none.run.folder / "result.json").read_text())["test_metrics"] == {}

@@ -61,6 +61,45 @@ def test_a_kill_while_lines_are_dropped_loses_none_of_them(tmp_path, monkeypatch
     assert steps(tmp_path) == lines
 
 
+def test_lines_outside_a_terminal_say_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    """By hand: two steps in eight seconds leave eighteen for 72 seconds, and one step in the ninth is no pace yet."""
+    now = [100.0]
+    monkeypatch.setattr("trainer.metrics.time.perf_counter", lambda: now[0])
+    with log_of(tmp_path, start_step=10, total_steps=30) as log:
+        now[0] += 8
+        log.train(12, **FIELDS)
+        now[0] += 3600
+        log.train(15, **FIELDS)
+        log.train(30, **FIELDS)
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")] == [
+        "step 12/30: loss 1.000  10 tokens/s  0:01:12 left",
+        "step 15/30: loss 1.000  10 tokens/s  3:00:24 left",
+        "step 30/30: loss 1.000  10 tokens/s",
+    ]
+
+
+def test_a_skipped_step_has_a_line_of_its_own_without_numbers_of_it(tmp_path, capsys):
+    with log_of(tmp_path) as log:
+        log.skip(3, "the loss is nan", 2)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "skip", "step": 3, "skipped_steps": 2}]
+    assert "step 3 was skipped: the loss is nan (2 so far)" in capsys.readouterr().err
+
+
+def test_the_arithmetic_of_a_second_is_that_of_its_tokens(tmp_path):
+    with RunLog(
+        tmp_path, start_step=0, total_steps=2, every=1, tensorboard=False, flops_per_token=2.5e6
+    ) as log:  # fmt: skip
+        log.train(1, **FIELDS)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["flops_per_s"] == 2.5e7
+
+
+def test_where_a_run_goes_on_at_its_early_end_the_last_evaluation_comes_again(tmp_path):
+    write(tmp_path, [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)])
+    with RunLog(tmp_path, start_step=2, total_steps=9, every=1, tensorboard=False, is_over=True):
+        pass
+    assert steps(tmp_path) == [("eval", 0), ("train", 1), ("train", 2)]
+
+
 def test_every_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     with log_of(tmp_path) as log:
         log.train(1, **FIELDS)
@@ -83,4 +122,4 @@ def test_a_run_says_what_it_does_and_nothing_else(make_config, tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     said = [line.partition(":")[0] for line in done.stderr.splitlines()]
-    assert said == ["run", "step 0", "step 1/2", "step 2/2", "step 2", "model"], done.stderr
+    assert said == ["leaks", "run", "step 0", "step 1/2", "step 2/2", "step 2", "model"], done.stderr

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.losses import cross_entropy_sum
-from trainer.packing import IGNORED, Example, collate_packed, collate_padded, pack
+from trainer.packing import IGNORED, Example, collate_one_by_one, collate_packed, collate_padded, pack
+from trainer.token_model import tried_out
 
 PAD = 0
 
@@ -61,22 +61,23 @@ def test_an_example_longer_than_a_row_is_refused():
 
 def test_a_packed_batch_worked_by_hand():
     first, second = Example(np.array([11, 12]), np.array([12, 13])), Example(np.array([21]), np.array([IGNORED]))
-    batch = collate_packed([[first, second], [second]], PAD)
-    assert batch["input_ids"].tolist() == [[11, 12, 21], [21, PAD, PAD]]
-    assert batch["position_ids"].tolist()[0] == [0, 1, 0]
-    assert batch["targets"].tolist() == [[12, 13, IGNORED], [IGNORED, IGNORED, IGNORED]]
-    assert batch["attention_mask"][0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
-    assert batch["attention_mask"].any(-1).all(), "a query without a key gives NaN"
+    batch = collate_packed([[first, second], [second]], first_position=2)
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 21]]
+    assert batch["position_ids"].tolist() == [[2, 3, 2, 2]]
+    assert batch["targets"].tolist() == [[12, 13, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[[[0, 2, 3, 4]]]]
+    assert batch["attention_mask"].dtype == torch.int32, "by its type attention tells segments from other masks"
 
 
 def test_packed_losses_and_gradients_equal_those_of_documents_run_alone(model):
     examples = examples_of([5, 17, 1, 9, 30, 2, 12])
     rows = pack(examples, 32)
-    batch = collate_packed(rows, PAD)
     assert len(rows) < len(examples)
 
-    packed_inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
-    packed = cross_entropy_sum(model(**packed_inputs, use_cache=False).logits, batch["targets"])
+    token_model = tried_out(model, 32)
+    batch = token_model.collate(rows, PAD)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+    packed = token_model.loss_sum(model, inputs, batch["targets"])
     packed_gradients = torch.autograd.grad(packed, list(model.parameters()))
 
     alone = torch.zeros(())
@@ -96,7 +97,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_run_alone(model):
 def test_changing_one_document_changes_no_logit_of_another_in_its_row(model):
     examples = examples_of([6, 9, 11])
     changed = [examples[0], Example((examples[1].input_ids + 7) % 300, examples[1].targets), examples[2]]
-    before, after = (collate_packed([row], PAD) for row in (examples, changed))
+    before, after = (collate_packed([row], tried_out(model, 32).first_position) for row in (examples, changed))
     with torch.no_grad():
         logits, other = (
             model(**{name: tensor for name, tensor in batch.items() if name != "targets"}, use_cache=False).logits[0]
@@ -105,6 +106,14 @@ def test_changing_one_document_changes_no_logit_of_another_in_its_row(model):
     assert torch.equal(logits[:6], other[:6])
     assert torch.equal(logits[15:], other[15:])
     assert not torch.equal(logits[6:15], other[6:15])
+
+
+def test_a_batch_of_one_example_a_row_worked_by_hand():
+    rows = [[Example(np.array([4, 5, 6]), np.array([5, 6, IGNORED]))], [Example(np.array([7]), np.array([8]))]]
+    batch = collate_one_by_one(rows, PAD)
+    assert batch["input_ids"].tolist() == [[4, 5, 6], [7, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["targets"].tolist() == [[5, 6, IGNORED], [8, IGNORED, IGNORED]]
 
 
 def test_a_padded_batch_worked_by_hand():

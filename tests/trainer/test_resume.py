@@ -138,7 +138,7 @@ def kill() -> None:
 @pytest.mark.parametrize(
     ("place", "call", "step"),
     [
-        ("trainer.build.read_splits", 1, 0),  # while the run is being built
+        ("trainer.dataset.read_splits", 1, 0),  # while the run is being built
         ("trainer.loop.rehearse", 1, 0),
         ("trainer.loop.evaluate", 1, 1),  # the evaluation before step 0: one step is taken
         ("trainer.loop.evaluate", 2, 3),  # after step 2

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from serving.directory import BadInput
-from trainer.build import make_rows
 from trainer.config import SFT, FileData
+from trainer.dataset import make_rows
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.sft import encode_chat
 from trainer.packing import IGNORED
@@ -113,6 +113,58 @@ def test_a_template_that_would_be_masked_wrongly_is_refused(objective, with_temp
     assert said in str(caught.value)
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|end|>"
+    "{% else %}<s>[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+HEADERS = (
+    "{% for m in messages %}{% if loop.first %}<s>{% endif %}"
+    "[{{ m.role }}]\n\n{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+)
+MODEL_ROLE = (
+    "{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, INST, HEADERS, MODEL_ROLE], ids=["chatml", "inst", "headers", "model role"]
+)
+def test_with_any_usual_template_the_model_learns_what_the_assistant_says_and_to_stop(
+    objective, with_template, template
+):
+    """Stop tokens that are not trained, templates that are not found, and masks of all ones or all zeros, are silent
+    elsewhere."""
+    tokenizer = with_template(template)
+    [example] = objective.encode([{"messages": CHAT}], tokenizer, 256)
+    turns = spoken(example.targets, tokenizer).split("<|end|>")
+    assert [turn.strip() for turn in turns] == ["yes, lines", "no", ""]
+    stops = np.flatnonzero(example.targets == tokenizer.eos_token_id)
+    assert len(stops) == 2, "the end of every assistant turn is learned, that of no other turn is"
+    learned = int((example.targets != IGNORED).sum())
+    assert 0 < learned < len(example.targets) / 2
+
+
+def test_the_template_is_saved_with_the_model(make_config, train, tmp_path):
+    from transformers import AutoTokenizer
+
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML, encoding="utf-8")
+    config = make_config(
+        "sft", "full", tokenizer={"type": "pretrained", "chat_template": str(template)}, run={"steps": 1}
+    )
+    assert train(config) == 0
+    saved = AutoTokenizer.from_pretrained(config.run.folder / "model")
+    assert saved.chat_template == CHATML
+    assert "<|im_start|>user\na file?<|end|>" in saved.apply_chat_template(CHAT, tokenize=False)
+
+
 def test_a_template_that_raises_names_the_row(objective, with_template, tmp_path, write_rows):
     tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
     [row] = read_rows(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
@@ -127,6 +179,17 @@ def test_a_chat_is_cut_and_left_out_where_nothing_to_learn_remains(objective, to
     assert len(kept.input_ids) == len(kept.targets) == 24
     [whole] = objective.encode(rows[:1], tokenizer, 128)
     assert np.array_equal(kept.targets, whole.targets[:24])
+
+
+def test_chats_that_give_no_example_are_counted_and_it_is_said_why(objective, tokenizer):
+    long_question = [{"role": "user", "content": "file " * 40}, {"role": "assistant", "content": "yes"}]
+    examples = objective.encode(
+        [{"messages": chat} for chat in (CHAT, long_question, CHAT, long_question)], tokenizer, 24
+    )
+    assert (len(examples), examples.left_out) == (2, 2)
+    assert objective.why_left_out(24) == (
+        "the assistant says nothing within their first 24 tokens; raise batch.max_length to learn it"
+    )
 
 
 def test_chats_that_all_lose_their_answers_are_refused(objective, tokenizer):
@@ -155,6 +218,15 @@ def test_context_follows_the_prompt_after_a_blank_line_and_the_system_turn_comes
     for pair, chat in zip(objective.encode(rows, tokenizer, 64), objective.encode(chats, tokenizer, 64), strict=True):
         assert np.array_equal(pair.input_ids, chat.input_ids)
         assert np.array_equal(pair.targets, chat.targets)
+
+
+def test_triples_of_prompt_context_and_completion_learn_the_completion_only(tokenizer):
+    data = FileData(type="files", train="a.jsonl", prompt="instruction", context="input", completion="output")
+    objective = OBJECTIVES["sft"](SFT(type="sft"), data, [])
+    row = {"instruction": "read every line", "input": "a file", "output": "it has lines"}
+    [example] = objective.encode([row], tokenizer, 128)
+    assert spoken(example.targets, tokenizer) == "it has lines<|end|>"
+    assert tokenizer.decode(example.input_ids).startswith("<|user|>\nread every line\n\na file<|end|><|assistant|>\n")
 
 
 def test_turns_written_as_from_and_value_are_the_same_chat(objective, tokenizer):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.base import Beta, Section
+from trainer.config.base import Section
 
 
 class Run(Section):
@@ -17,21 +17,6 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         return self.dir / self.name
-
-
-class Optim(Section):
-    lr: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW; if the loss is not finite, lower it.")
-    weight_decay: float = Field(0.01, ge=0, description="On matrices only; norms and biases are not decayed.")
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), description="AdamW's decay of the mean gradient and of the mean squared gradient, per step."
-    )
-    eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator; larger values damp tiny gradients.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls from its peak, after warm-up, to the last step."
-    )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak; a shorter run ends in the rise.")
-    floor: float = Field(0.1, ge=0, le=1, description="Last learning rate as a part of the peak (cosine, linear).")
 
 
 class Batch(Section):
@@ -46,12 +31,19 @@ class Batch(Section):
     max_length: int = Field(
         256, ge=8, description="Tokens per row; what is longer is cut (causal_lm: goes on in another row)."
     )
+    activation_checkpointing: bool = Field(
+        False, description="Keep only what enters each block and compute the rest again: less memory, a third slower."
+    )
+    compile: bool = Field(
+        False, description="Compile the model with torch.compile: a slow start, then faster steps; needs a compiler."
+    )
 
 
 class Precision(Section):
-    type: Literal["fp32", "bf16"] = Field(
+    type: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="bf16 is less exact, smaller, and faster where the hardware has it; AdamW stays fp32.",
+        description="bf16 is less exact, smaller, and faster where the hardware has it; weights and optimizer stay "
+        "fp32. fp16 also scales the loss, and leaves out the steps in which that was too much.",
     )
 
 
@@ -62,6 +54,25 @@ class Evaluation(Section):
         description="Steps between evaluations, besides those before step 0 and at the end; null: only those.",
     )
     max_rows: int = Field(256, ge=1, description="Held-out rows to evaluate on.")
+    patience: int | None = Field(
+        None, ge=1, description="End the run after so many evaluations in a row without a better score."
+    )
+    min_improvement: float = Field(0.0, ge=0, description="How much better a score must be to count (patience).")
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Held-out prompts that the model goes on with, greedily, at each evaluation: on the terminal and "
+        "in samples.jsonl (causal_lm and sft).",
+    )
+    sample_tokens: int = Field(32, ge=1, description="Tokens of such a continuation, at most.")
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> "Evaluation":
+        if self.patience is not None and self.every is None:
+            raise ValueError(f"patience {self.patience} found, but every is null: say how often to evaluate")
+        if self.min_improvement and self.patience is None:
+            raise ValueError(f"min_improvement {self.min_improvement} is read only with patience: set that too")
+        return self
 
 
 class Checkpoint(Section):
@@ -71,6 +82,11 @@ class Checkpoint(Section):
         description="Steps between checkpoints; null: only where a signal stops the run, so a kill costs all of it.",
     )
     keep: int = Field(2, ge=1, description="Newest checkpoints to keep; older ones are removed.")
+    best: bool = Field(
+        False,
+        description="Also keep that of the best evaluation after step 0, and write the model from it; needs "
+        "evaluation.every.",
+    )
 
 
 class Log(Section):
@@ -81,6 +97,10 @@ class Log(Section):
     trackers: list[Literal["wandb", "mlflow"]] = Field(
         [], description="Also send the numbers of metrics.jsonl and this config there; pip install 'trivet[track]'."
     )
+    profile_from: int | None = Field(
+        None, ge=1, description="First step to record with torch.profiler, into profile/ in the run folder."
+    )
+    profile_steps: int = Field(3, ge=1, description="How many steps are recorded (profile_from).")
     sample_text: int = Field(
         0, ge=0, description="Held-out examples whose text goes to the trackers, once; 0: no text leaves this machine."
     )

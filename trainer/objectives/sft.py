@@ -10,22 +10,25 @@ from transformers import PreTrainedTokenizerBase
 from serving.directory import BadInput
 from trainer.columns import Messages, chat_of, place
 from trainer.objectives.causal_lm import CausalLMObjective
-from trainer.packing import IGNORED, Example
+from trainer.packing import IGNORED, Encoded, Example
 from trainer.sources import DataError
 
 
 class SFTObjective(CausalLMObjective):
+    def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")
+
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for index, row in enumerate(rows):
             yield "\n".join(turn["content"] for turn in chat_of(row, index, self.columns))
 
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
-    ) -> list[Example]:
+    ) -> Encoded:
         """Chats longer than `max_length` are cut; one that keeps no assistant token is left out."""
-        if not tokenizer.chat_template:
-            raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")
-        examples = []
+        self.use(tokenizer)
+        examples = Encoded()
         for index, row in enumerate(rows, first):
             try:
                 ids, trained = encode_chat(chat_of(row, index, self.columns), tokenizer)
@@ -34,7 +37,12 @@ class SFTObjective(CausalLMObjective):
             targets = np.where(trained[1:], ids[1:], IGNORED)[:max_length]
             if (targets != IGNORED).any():
                 examples.append(Example(ids[:-1][:max_length], targets))
+            else:
+                examples.left_out += 1
         return examples
+
+    def why_left_out(self, max_length: int) -> str:
+        return f"the assistant says nothing within their first {max_length} tokens; raise batch.max_length to learn it"
 
     def nothing_left(self, num_rows: int, max_length: int) -> str:
         return f"batch.max_length: no chat keeps an assistant token within {max_length} tokens; raise it"
