@@ -172,7 +172,7 @@ def test_a_directory_that_is_not_proven_is_refused(onnx_dir, tmp_path, trivet, c
         (["train", "tiny.yaml", "run.name=b", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train", "tiny.yaml", "run.name=b", "data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["train", "tiny.yaml", "run.name=b", "data.train=empty.txt"], "no rows in empty.txt"),
-        (["train", "tiny.yaml", "run.name=b", "data.text=body"], "line 4 has no 'body'; it has: text"),
+        (["train", "tiny.yaml", "run.name=b", "data.text=body"], "line 1 has no 'body'; it has: text"),
         (["train", "tiny.yaml", "optim.lr=0.5"], "holds a different run (optim.lr 0.0003 there, 0.5 here)"),
         (["train", "tiny.yaml", "run.name=b", "--nproc", "2", "--parallel", "magic"], "--parallel: 'magic' found"),
         (["train", "tiny.yaml", "run.name=b", *BASE, "model.path=runs/no/model"], "runs/no/model: no such folder"),

@@ -95,7 +95,7 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: t
     return output[None]
 
 
-@torch.compiler.disable  # or code would be made for every number of segments
+@torch.compiler.disable  # its loop runs over the segments of a batch: compiled, every batch would need code of its own
 def _on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, rule: Rule):
     # Dropout draws from a seed of its own, so that the backward pass can draw the same again.
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
@@ -184,7 +184,7 @@ def _weights(query: torch.Tensor, key: torch.Tensor, block: _Block, rule: Rule) 
         queries, keys = queries.float(), keys.float()
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(rule.scale)
     _hide(scores.unflatten(1, (query.shape[1], -1)), block, rule)
-    return torch.softmax(scores, -1).to(query.dtype)
+    return torch.softmax(scores, -1, out=scores).to(query.dtype)
 
 
 def _hide(scores: torch.Tensor, block: _Block, rule: Rule) -> None:

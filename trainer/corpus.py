@@ -37,7 +37,10 @@ _SKIPPED_FOLDERS = {
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 _LONGEST_ANSWER_CHARS = 400
 _MOST_WORDS = 100
-_STATEMENTS = {"await", "for", "if", "import", "raise", "return", "try", "while", "with", "yield"}
+_STATEMENTS = {
+    ast.For: "for", ast.If: "if", ast.Raise: "raise", ast.Return: "return", ast.Try: "try", ast.While: "while",
+    ast.With: "with",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,11 @@ def statements(items: list[Item]) -> list[tuple[Item, Row]]:
     """Rows with several labels: a docstring's first paragraph, and the kinds of statements in what it describes."""
     rows = []
     for item in items:
-        keywords = {word for word, tag in code_words(item.source) if tag == "B-keyword"}
-        rows.append((item, {"text": item.docstring.split("\n\n")[0], "label": sorted(keywords & _STATEMENTS)}))
+        try:
+            found = {_STATEMENTS.get(type(node), "") for node in ast.walk(ast.parse(item.source))} - {""}
+        except SyntaxError:  # the head of a class may be no whole statement
+            continue
+        rows.append((item, {"text": item.docstring.split("\n\n")[0], "label": sorted(found)}))
     return rows
 
 

@@ -10,9 +10,9 @@ what does not grow with the rows (weights cast to bf16) to stay. Where activatio
 block count.
 
 Not counted: what one operation needs while it runs, the libraries, and the allocator's slack. Measured on a CPU (Llama
-of 3 to 5 M weights, 2,000 to 8,000 tokens a pass), the peak was 1.02 to 1.05 times the plan in fp32 and 1.5 times in
-bf16 where malloc gave every freed block back, and 1.2 to 1.4 times as glibc comes. DeepSpeed's sharding of gradients
-and moments is not counted, so there the plan would be too high.
+of 2 to 5 M weights, 1,000 to 8,000 tokens a pass), the peak was 0.85 to 1.15 times the plan in fp32 where malloc gave
+every freed block back, and 1.6 times in bf16, for which oneDNN keeps some 80 MB of its own; 1.2 to 1.4 times as glibc
+comes. DeepSpeed's sharding of gradients and moments is not counted, so there the plan would be too high.
 """
 
 import math

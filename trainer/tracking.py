@@ -138,7 +138,7 @@ class Mlflow:
         else:
             self.id = known
             self._client.update_run(known, status="RUNNING")
-        self._last_step = {kind: self._last(kind) for kind in ("train", "eval")}
+        self._last_step = {kind: self._last(kind) for kind in ("train", "eval", "skip")}
 
     def _last(self, kind: str) -> int:
         """The last step that the run has there; -1 where it has none. MLflow would keep a second value for it."""

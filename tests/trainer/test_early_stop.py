@@ -172,7 +172,7 @@ def test_the_model_is_the_best_steps_and_the_result_says_which(make_config, trai
     assert any(not torch.equal(weight.flatten(), newest[f"{name}::weight"]) for name, weight in saved.items())
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 7, 8])
+@pytest.mark.parametrize("step", [3, 5, 8])
 def test_the_best_step_survives_a_kill_at_any_step(make_config, train, scored, monkeypatch, read_lines, step):
     scored(SCORES)
     whole, killed = (make_config(**{**BEST, "run": {"name": name, "steps": 8}}) for name in ("whole", "killed"))

@@ -107,24 +107,6 @@ def test_every_example_is_in_the_packed_rows_that_the_loop_reads(make_config):
     assert sorted(found) == expected
 
 
-@pytest.mark.parametrize(
-    ("objective", "strategy"), [("causal_lm", "scratch"), ("sft", "full"), ("classification", "full")]
-)
-def test_how_a_step_is_cut_into_micro_batches_changes_nothing(make_config, parts_of, read_lines, objective, strategy):
-    seen, weights = [], []
-    for micro_rows in (1, 2, 4):
-        batch = {"rows": 4, "micro_rows": micro_rows, "max_length": 24}
-        config = make_config(objective, strategy, run={"name": f"micro{micro_rows}"}, batch=batch)
-        parts = parts_of(config)
-        seen.append(losses(config, read_lines))
-        weights.append(torch.cat([p.detach().flatten() for p in parts.model.parameters()]))
-    counts = {parts.objective.count(row, 0) for row in parts.feed.train}
-    assert objective == "classification" or len(counts) > 1, "rows with equal counts prove nothing"
-    for other in (1, 2):
-        assert seen[other] == pytest.approx(seen[0], rel=1e-5)
-        torch.testing.assert_close(weights[other], weights[0], rtol=0, atol=1e-4)
-
-
 def test_a_run_is_the_same_twice_and_another_seed_is_another_run(make_config, train, read_lines):
     runs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -154,10 +154,10 @@ def test_what_autograd_keeps_is_foretold_for_a_longer_batch(plan_of, write_rows,
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        (["batch.rows=16"], 1.1),
-        (["batch.rows=8", "batch.micro_rows=4", "batch.max_length=512"], 1.1),
-        (["batch.rows=16", "precision.type=bf16"], 1.6),
-        (["batch.rows=16", "model.num_layers=1", "tokenizer.vocab_size=8192"], 1.1),
+        (["batch.rows=16"], 1.2),
+        (["batch.rows=8", "batch.micro_rows=4", "batch.max_length=512"], 1.2),
+        (["batch.rows=16", "precision.type=bf16"], 1.8),
+        (["batch.rows=16", "model.num_layers=1", "tokenizer.vocab_size=8192"], 1.25),
         (["batch.rows=16", "model.num_layers=6", "batch.activation_checkpointing=true"], 1.25),
         (["batch.rows=4", "model.hidden_size=512", "optim.type=adafactor"], 1.25),
     ],
@@ -184,7 +184,7 @@ log: {tensorboard: false}
     assert done.returncode == 0, done.stderr[-2000:]
     total, certain, measured = json.loads(done.stdout.splitlines()[-1])
     assert certain <= measured
-    assert 0.9 * total <= measured <= most * total
+    assert 0.8 * total <= measured <= most * total
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_a_run_that_goes_on_goes_on_there_without_a_step_twice(config, train, ml
     # As after a kill: the tracker has steps that the folder does not know of any more.
     with tracking.opened(longer, []) as trackers:
         trackers[0].log("train", 3, dict.fromkeys(FIELDS, 7.0))
+        trackers[0].log("skip", 3, {"skipped_steps": 1})
         trackers[0].close(failed=True)
     assert train(longer) == 0
     assert [step for step, _ in metric_history(longer, "train/loss")] == [1, 2, 3, 4]

@@ -67,7 +67,10 @@ def number_of_label(
         known = list(numbers)[:_SHOWN]
         more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
         where = "not in objective.labels" if listed else "in no training row"
-        raise DataError(f"data.{setting}: {place(row, index)}: {label!r} is {where}; known: {', '.join(known)}{more}")
+        raise DataError(
+            f"data.{setting}: {place(row, index)}: {label!r} is {where}; known: {', '.join(known)}{more}; mend the "
+            "row, or name every label in objective.labels"
+        )
     return numbers[label]
 
 
