@@ -43,8 +43,8 @@ def main() -> None:
     command = f"python benchmarks/train_scaling.py --repeats {options.repeats} --precision {options.precision}"
     text = (
         f"# Training speed and memory by model size and text length\n\n`{command} --tokens {options.tokens}`; "
-        f"{train_work.conditions()}.\n\n{table(runs)}\n\nSpeeds are per second of CPU time on one thread. Memory is the "
-        "highest resident set of the process: the libraries, 0.6 GB, included.\n"
+        f"{train_work.conditions()}.\n\n{table(runs)}\n\nSpeeds are per second of CPU time on one thread. Memory is "
+        "the highest resident set of the process: the libraries, 0.6 GB, included.\n"
     )
     options.output.write_text(text)
     print(text)

@@ -13,8 +13,9 @@ def best_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarr
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_length:
         wrong = lengths.max() if lengths.max() > row_length else lengths.min()
         raise ValueError(f"example of {wrong} tokens does not fit a row of {row_length}")
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    row_of = np.empty(len(lengths), np.int64)  # of each example, in `order`
+    # Small numbers: of some arrays as long as the data, several are in memory at once.
+    order = np.argsort(-lengths.astype(np.int32), kind="stable").astype(np.int32)
+    row_of = np.empty(len(lengths), np.int32)  # of each example, in `order`
     sizes, counts = np.unique(lengths, return_counts=True)
     spaces, placed = _Spaces(row_length), 0
     for size, left in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):

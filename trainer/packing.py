@@ -67,7 +67,7 @@ def collate_packed(rows: list[Row], first_position: int = 0) -> Batch:
 
 
 def repeated(batch: Batch, length: int, times: int) -> Batch:
-    """Return the first `length` tokens of a batch's first row, `times` times: as documents of a row, where it is packed.
+    """Return the first `length` tokens of a batch's first row, `times` times: documents of one row where it is packed.
 
     Other batches, one example a row, get as many rows.
     """

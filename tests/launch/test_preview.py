@@ -70,13 +70,23 @@ def test_a_chat_is_shown_with_what_the_assistant_says_as_learned(preview):
     assert [f"legend  {kind} {meaning}" for kind, meaning in LEGEND.items()] == out.splitlines()[: len(LEGEND)]
 
 
-def test_the_documents_of_a_packed_row_are_shown_apart(preview):
+def test_the_documents_of_a_packed_row_are_shown_apart(preview, tokenizer):
     code, out, _ = preview("causal_lm", [{"text": "the fox"}, {"text": "a file"}], "--rows", "1")
     assert code == 0
-    title = next(line for line in out.splitlines() if line.startswith("step 1, row 1"))
-    assert "2 documents" in title
-    assert sorted(stretches(out, "learned")) == [" file<|end|>", "he fox<|end|>"] or len(stretches(out, "learned")) == 2
-    assert all(text.endswith("<|end|>") for text in stretches(out, "learned"))
+    assert "2 documents" in next(line for line in out.splitlines() if line.startswith("step 1, row 1"))
+    first = {text: tokenizer.decode(tokenizer(text)["input_ids"][:1]) for text in ("the fox", "a file")}
+    assert sorted(stretches(out, "context")) == sorted(first.values()), "nothing comes before it, so it is only read"
+    expected = [text.removeprefix(start) + "<|end|>" for text, start in first.items()]
+    assert sorted(stretches(out, "learned")) == sorted(expected)
+
+
+def test_a_later_step_of_a_stream_is_shown_too(preview):
+    rows = [{"text": f"the fox {i}"} for i in range(40)]
+    data = "{type: files, train: rows.jsonl, validation: rows.jsonl, streaming: true, window_rows: 8}"
+    code, out, _ = preview("causal_lm", rows, "--step", "3", data=data)
+    assert code == 0
+    assert "step 3, row 1" in out
+    assert "rows of a batch in its first window" in out
 
 
 def test_a_text_that_is_too_long_goes_on_in_another_row_and_nothing_of_it_is_lost(preview, tokenizer):
@@ -255,15 +265,23 @@ def test_on_a_terminal_kinds_are_colours_and_nothing_in_the_text_is_obeyed(previ
 def test_no_weights_are_needed(preview, work, tokenizer):
     from transformers import LlamaConfig
 
-    LlamaConfig(vocab_size=300, hidden_size=16, num_attention_heads=2, num_key_value_heads=2).save_pretrained(work / "model")
+    LlamaConfig(vocab_size=300, hidden_size=16, num_attention_heads=2, num_key_value_heads=2).save_pretrained(
+        work / "model"
+    )
     tokenizer.save_pretrained(work / "model")
-    sections = {"model": "{type: pretrained, path: model}", "tokenizer": "{type: pretrained}", "strategy": "{type: lora}"}
+    sections = {
+        "model": "{type: pretrained, path: model}",
+        "tokenizer": "{type: pretrained}",
+        "strategy": "{type: lora}",
+    }
     code, out, _ = preview("sft", [{"messages": CHAT}], **sections)
     assert code == 0
     assert stretches(out, "learned")
 
 
-@pytest.mark.parametrize(("option", "said"), [("9", "--step: 9 found, but the run has 4 steps"), ("4", "step 4, row 1")])
+@pytest.mark.parametrize(
+    ("option", "said"), [("9", "--step: 9 found, but the run has 4 steps"), ("4", "step 4, row 1")]
+)
 def test_any_step_of_the_run_can_be_seen(preview, option, said):
     code, out, err = preview("causal_lm", [{"text": "the fox"}] * 9, "--step", option)
     assert code == (2 if option == "9" else 0)

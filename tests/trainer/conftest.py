@@ -290,7 +290,8 @@ def train_child(child, tmp_path):
 
     def run(config, *, step: int = 0, act: str = "pass", timeout_s: float = 120) -> tuple[int, str]:
         (tmp_path / "child.yaml").write_text(config_file.to_yaml(config))
-        return child(f"""
+        return child(
+            f"""
 import signal, sys
 from trainer.metrics import RunLog
 
@@ -304,6 +305,8 @@ def log(self, step, **fields):
 RunLog.train = log
 from launch.train import main
 sys.exit(main([{str(tmp_path / "child.yaml")!r}]))
-""", timeout_s=timeout_s)
+""",
+            timeout_s=timeout_s,
+        )
 
     return run

@@ -275,3 +275,14 @@ def test_a_run_s_model_is_one_that_transformers_loads_with_the_same_losses(run_o
     assert tokenizer.mask_token_id is not None
     last = [line for line in read_lines(config) if line["kind"] == "eval"][-1]
     assert last["eval_loss"] == pytest.approx(losses / count, rel=1e-4)
+
+
+def test_only_what_can_be_exported_is_said_to_be_exported_next(run_of, make_config):
+    from launch.train import _next_command
+
+    pairs = {"data": {"text_pair": "other"}}
+    several = {"objective": {"problem": "multi_label"}}
+    cannot = [run_of(), *(make_config("classification", "full", **changes) for changes in (pairs, several))]
+    assert {_next_command(config).split()[1] for config in cannot} == {"report"}
+    can = [make_config(objective, "full") for objective in ("causal_lm", "sft", "classification")]
+    assert {_next_command(config).split()[1] for config in can} == {"export"}
