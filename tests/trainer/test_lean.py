@@ -79,7 +79,7 @@ def test_under_autocast_a_gated_layer_computes_what_it_did():
 
 def test_a_gated_layer_whose_last_product_is_changed_by_lora_or_watched_by_a_hook_stays_right():
     torch.manual_seed(0)
-    lora = LoraConfig(target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+    lora = LoraConfig(target_modules=r".*layers\.0\.mlp\.(gate|down)_proj", init_lora_weights=False)
     model = get_peft_model(model_of("llama", GQA), lora).eval()
     seen = []
     model.base_model.model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
