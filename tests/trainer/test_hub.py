@@ -21,7 +21,8 @@ def test_a_folder_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["runs/no/model", "./model", "/no/model", "../x", "a b"])
-def test_what_cannot_be_a_hub_name_is_a_missing_folder(path):
+def test_what_cannot_be_a_hub_name_is_a_missing_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=r"model\.path: .*: no such folder; check the path"):
         hub.check_reachable(path, "model.path")
 
