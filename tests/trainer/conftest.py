@@ -143,11 +143,11 @@ def base_model(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """Return a function that makes a random model (16 wide, 2 blocks, 100 tokens) of a family, with a head."""
+    """Return a function that makes a random model (16 wide, 2 blocks, 300 tokens) of a family, with a head."""
     import torch
     import transformers
 
-    common = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    common = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     wide = {"intermediate_size": 32, **sizes}
     few_keys = {"num_key_value_heads": 1, **wide}
