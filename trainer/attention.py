@@ -7,8 +7,8 @@ Shape letters: N tokens of all segments, H query heads, K key and value heads, G
 Q and J the queries and keys of one block.
 
 On a CPU a block of queries is multiplied with the keys that it may see and no others. Beside torch's flash kernel,
-segment by segment, that took two thirds of the time, forward and back, in fp32 and in bf16 (with scores in fp32 here
-as there), and a fifth of what a dense mask takes.
+segment by segment, that took two thirds of the time for documents of 187 tokens on average, forward and back, in fp32
+and in bf16 (with scores in fp32 here as there), and as long for one of 2,048.
 """
 
 import itertools
