@@ -55,14 +55,18 @@ def _hf_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings)
 
 
 def sft_packed(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _sft_trainer(work, plan, options, gradient_checkpointing=True)
+    return _sft_trainer(work, plan, options, packing=True, gradient_checkpointing=True)
 
 
 def sft_packed_best(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _sft_trainer(work, plan, options, gradient_checkpointing=False)
+    return _sft_trainer(work, plan, options, packing=True, gradient_checkpointing=False)
 
 
-def _sft_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings) -> dict:
+def sft_padded(work: Path, plan: dict, options: argparse.Namespace) -> dict:
+    return _sft_trainer(work, plan, options, packing=False, gradient_checkpointing=False)
+
+
+def _sft_trainer(work: Path, plan: dict, options: argparse.Namespace, *, packing: bool, **settings) -> dict:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -70,10 +74,11 @@ def _sft_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings
     documents = read_documents(work / "train.jsonl", tokenizer, plan["max_length"])
     arguments = SFTConfig(
         **_arguments(work, plan, options),
-        packing=True,
+        packing=packing,
         packing_strategy="bfd",
-        max_length=plan["max_length"],
-        per_device_train_batch_size=plan["rows"],
+        # A packed row is cut at the length; a document alone may be one token longer, its end.
+        max_length=plan["max_length"] + (not packing),
+        per_device_train_batch_size=plan["rows" if packing else "documents"],
         **settings,
     )
     data, tokens = Dataset.from_dict({"input_ids": documents}), []
@@ -104,4 +109,5 @@ PEERS: dict[str, System] = {
     "trainer-best-compiled": trainer_best_compiled,
     "sft-packed": sft_packed,
     "sft-packed-best": sft_packed_best,
+    "sft-padded": sft_padded,
 }

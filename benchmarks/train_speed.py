@@ -24,10 +24,11 @@ NAMES = {
     "trainer-default": "Trainer, default",
     "sft-packed-best": "SFTTrainer, packing (bfd), no checkpointing",
     "sft-packed": "SFTTrainer, packing (bfd), default",
+    "sft-padded": "SFTTrainer, no packing, no checkpointing",
 }
 BY_DEFAULT = [name for name in NAMES if name != "trainer-best-compiled"]  # to compile takes minutes
 # Steps of one pass, documents of a step, learning rate.
-SIZES = {"9m": (32, 16, 1e-3), "smollm2": (6, 16, 3e-4)}
+SIZES = {"9m": (16, 16, 1e-3), "smollm2": (5, 8, 3e-4)}
 # Products of weights and the tokens' states, forward and back; attention comes on top and is left out.
 FLOPS_PER_WEIGHT = 6
 
