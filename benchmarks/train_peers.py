@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 Documents = list[list[int]]
-System = Callable[[Path, dict, argparse.Namespace], dict]
+Start = Callable[[], None]  # starts the clock
+System = Callable[[Path, dict, argparse.Namespace, Start], dict]
 
 
 def load(work: Path) -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
@@ -23,19 +24,19 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: i
     return [[*ids[:max_length], tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
 
 
-def trainer_default(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _hf_trainer(work, plan, options)
+def trainer_default(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _hf_trainer(work, plan, options, start)
 
 
-def trainer_best(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _hf_trainer(work, plan, options, train_sampling_strategy="group_by_length")
+def trainer_best(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _hf_trainer(work, plan, options, start, train_sampling_strategy="group_by_length")
 
 
-def trainer_best_compiled(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _hf_trainer(work, plan, options, train_sampling_strategy="group_by_length", torch_compile=True)
+def trainer_best_compiled(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _hf_trainer(work, plan, options, start, train_sampling_strategy="group_by_length", torch_compile=True)
 
 
-def _hf_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings) -> dict:
+def _hf_trainer(work: Path, plan: dict, options: argparse.Namespace, start: Start, **settings) -> dict:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     tokenizer, model = load(work)
@@ -43,6 +44,7 @@ def _hf_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings)
     collate, tokens = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
 
     def counted(features: list[dict]) -> dict:
+        start()
         tokens.append(sum(len(feature["input_ids"]) - 1 for feature in features))
         return collate(features)
 
@@ -54,19 +56,21 @@ def _hf_trainer(work: Path, plan: dict, options: argparse.Namespace, **settings)
     return {"tokens": tokens, "model": model}
 
 
-def sft_packed(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _sft_trainer(work, plan, options, packing=True, gradient_checkpointing=True)
+def sft_packed(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _sft_trainer(work, plan, options, start, packing=True, gradient_checkpointing=True)
 
 
-def sft_packed_best(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _sft_trainer(work, plan, options, packing=True, gradient_checkpointing=False)
+def sft_packed_best(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _sft_trainer(work, plan, options, start, packing=True, gradient_checkpointing=False)
 
 
-def sft_padded(work: Path, plan: dict, options: argparse.Namespace) -> dict:
-    return _sft_trainer(work, plan, options, packing=False, gradient_checkpointing=False)
+def sft_padded(work: Path, plan: dict, options: argparse.Namespace, start: Start) -> dict:
+    return _sft_trainer(work, plan, options, start, packing=False, gradient_checkpointing=False)
 
 
-def _sft_trainer(work: Path, plan: dict, options: argparse.Namespace, *, packing: bool, **settings) -> dict:
+def _sft_trainer(
+    work: Path, plan: dict, options: argparse.Namespace, start: Start, *, packing: bool, **settings
+) -> dict:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -86,6 +90,7 @@ def _sft_trainer(work: Path, plan: dict, options: argparse.Namespace, *, packing
     collate = trainer.data_collator
 
     def counted(features: list[dict]) -> dict:
+        start()
         tokens.append(sum(len(f["input_ids"]) - len(f.get("seq_lengths", [0])) for f in features))
         return collate(features)
 
