@@ -107,11 +107,15 @@ def _hidden(ids: np.ndarray, targets: np.ndarray, tokenizer: PreTrainedTokenizer
 def _tagged(
     ids: np.ndarray, targets: np.ndarray, tags: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Span]:
-    """Each token that learns a tag with it; the other pieces of words and what the tokenizer adds are context."""
+    """Each token that learns a tag with it; the other pieces of words and what the tokenizer adds are context.
+
+    Pieces that learn the tag of their word have its number plus that of the tags: see the objective.
+    """
     for learned, group in groupby(range(len(ids)), key=lambda i: targets[i] != IGNORED):
         places = list(group)
         if learned:
-            yield from (Span("learned", f"{_text([ids[i]], tokenizer)} = {tags[targets[i]]}") for i in places)
+            for i in places:
+                yield Span("learned", f"{_text([ids[i]], tokenizer)} = {tags[targets[i] % len(tags)]}")
         else:
             yield Span("context", _text([ids[i] for i in places], tokenizer))
 

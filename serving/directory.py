@@ -178,6 +178,26 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise DirectoryError(f"{path}: {MANIFEST} does not list it; remove it, or make the directory again")
 
 
+def foreign_weights(folder: Path) -> str:
+    """Return the first file that a model folder names as holding its weights, though it is no safetensors file there;
+    nothing where there is none. Of such a name transformers would read a pickle, or a file elsewhere.
+
+    Raises DirectoryError for a list of weight files that cannot be read.
+    """
+    named: list[Any] = []
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors.index.json"))):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            of_one, of_many = content.get("transformers_weights"), content.get("weight_map", {}).values()
+        except (OSError, ValueError, AttributeError) as error:
+            raise DirectoryError(f"{path}: cannot be read ({error}); get the model again") from None
+        named += [*of_many, *([] if of_one is None or str(of_one).endswith(".safetensors.index.json") else [of_one])]
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            return str(name)
+    return ""
+
+
 def identity(folder: Path) -> str:
     """Return one hash for everything the directory's manifest vouches for: the sha256 of `trivet.json` itself."""
     return sha256(Path(folder) / MANIFEST)

@@ -128,6 +128,11 @@ def check(objective: Objective, examples: Examples, batches: Batches, tokenizer:
             "tokenizer.chat_template: nothing is masked: every token of every chat is learned, none is a question "
             "that is only read; use a template that shows the user's turns"
         )
+    if objective.section.type == "sft" and batches.learned == batches.ends:
+        raise MaskFault(
+            f"data: the assistant says nothing in {batches.rows:,} rows: only the stop token {end!r} is learned, and "
+            "the model would be silent; look at the answers, or leave empty ones out with data.skip_bad_rows=true"
+        )
     if batches.learned > batches.learned_by_examples:
         raise MaskFault(
             f"objective.type: nothing is masked in the batches: they learn {batches.learned:,} tokens where the "

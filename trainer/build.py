@@ -1,6 +1,8 @@
 """What a run is made of: everything between a validated config and step 0, on every rank alike."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from transformers import logging as transformers_logging
 
 from trainer import compute, distributed, hub, leaks, model_dir, model_fit, model_folder, models, tracking
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
-from trainer.dataset import Data, build_tokenizer, make_feed, make_rows, prepare_data
+from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
 from trainer.feed import Feed, micro_rows
 from trainer.metrics import Terminal
@@ -18,8 +20,6 @@ from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
 from trainer.strategies import STRATEGIES, check_world, tell_learning
-
-__all__ = ["Parts", "build", "build_tokenizer", "make_rows"]
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Parts:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
+    left_out: Callable[[], list[str]] = list  # says which rows of a stream, as far as it was read, nothing learns from
 
     def samples(self, count: int) -> list[str]:
         """Return the text of so many held-out examples, as the model reads them."""
@@ -77,7 +78,8 @@ def build(config: RunConfig) -> Parts:
         for line in [*data.left_out(config), *found, describe(config, world, model, data, feed), *without]:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
-    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints)
+    left_out = functools.partial(data.left_out, config) if data.splits.streaming else list
+    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, left_out)
 
 
 def take_fingerprints(config: RunConfig, data: Data) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From a config's data section to what the run reads: rows, tokenizer, examples, and the feed of this rank."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from trainer.data_files import DataError
 from trainer.distributed import World
 from trainer.encoding import fingerprint_of, parts_of, shape_of, stored_examples
 from trainer.feed import Feed
+from trainer.left_out import left_out_of
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.packing import Example, Row, pack
 from trainer.reading import Reading, RowsReading
 from trainer.rows import Rows, WeightedRows
 from trainer.sources import read_splits
-from trainer.splits import Splits, tell_left_out, where
+from trainer.splits import Splits, tell_left_out, tell_left_out_so_far, where
 from trainer.stored_rows import StoredRows
 from trainer.stream import StreamReading, StreamSource
 from trainer.tokenizers import load_for, load_tokenizer, train_for
@@ -43,8 +45,10 @@ class Data:
     num_without_example: int = 0  # rows that gave nothing to learn, as far as they were encoded
 
     def left_out(self, config: RunConfig) -> list[str]:
-        """Say which rows are not learned from, and why, a line each."""
+        """Say which rows are not learned from, and why, a line each; of a stream as far as it was read."""
         said = [tell_left_out(self.splits)] if self.splits.left_out else []
+        if self.splits.streaming and (found := left_out_of(self.splits.train)):
+            said.append(tell_left_out_so_far(found))
         if self.num_without_example:
             why = self.objective.why_left_out(config.batch.max_length)
             total = "" if self.splits.streaming else f" of {sum(map(len, self.splits.parts().values())):,}"
@@ -72,7 +76,7 @@ class Data:
 
 def prepare_data(config: RunConfig) -> Data:
     """Return the rows, objective and tokenizer of a run. Raises BadInput for those that cannot be learned from."""
-    splits = read_splits(config.data, config.objective.takes)
+    splits = read_splits(config.data, config.objective.takes, getattr(config.objective, "labels", None))
     splits = leaks.searched(config.data, splits, config.objective.takes)
     objective = OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
     tokenizer = build_tokenizer(config, objective, splits)
@@ -153,15 +157,20 @@ def _stream(config: RunConfig, data: Data) -> StreamReading:
     window_rows = config.data.window_rows
     length, weighted, objective = config.batch.max_length, _weighted(data.splits), data.objective
 
-    def make_window(rows: list[DataRow], first: int) -> list[Row]:
+    counted = [0] * len(weighted)  # rows of each source, so that none counts again in a later epoch
+
+    def make_window(number: int, rows: list[DataRow], first: int) -> list[Row]:
         parts = parts_of(rows, _PART_ROWS)
         encoded = [objective.encode(part, data.tokenizer, length, first + before) for before, part in parts]
+        if first >= counted[number]:
+            data.num_without_example += sum(part.left_out for part in encoded)
+            counted[number] = first + len(rows)
         return _rows_of(objective, list(itertools.chain(*encoded)), length)
 
     sources = [
         StreamSource(
-            each.rows, make_window, window_rows=window_rows, seed=config.run.seed, number=number,
-            nothing_left=lambda num_rows: objective.nothing_left(num_rows, length),
+            each.rows, functools.partial(make_window, number), window_rows=window_rows, seed=config.run.seed,
+            number=number, nothing_left=lambda num_rows: objective.nothing_left(num_rows, length),
         )
         for number, each in enumerate(weighted)
     ]  # fmt: skip
@@ -176,7 +185,9 @@ def _first_rows(config: RunConfig, data: Data, rows: Rows | None) -> list[Row]:
     made: list[Row] = []
     num_rows, length = 0, config.batch.max_length
     for first, part in parts_of(rows, _PART_ROWS):
-        examples += data.objective.encode(part, data.tokenizer, length, first)
+        found = data.objective.encode(part, data.tokenizer, length, first)
+        examples += found
+        data.num_without_example += found.left_out
         made, num_rows = _rows_of(data.objective, examples, length), first + len(part)
         if len(made) > config.evaluation.max_rows:
             break

@@ -77,6 +77,8 @@ def load(folder: Path) -> PreTrainedModel:
     manifest = directory.read_manifest(folder, "model")
     directory.check_files(folder, manifest)
     body = folder / "base" if is_unmerged(folder) else folder
+    if name := directory.foreign_weights(body):
+        raise DirectoryError(f"{body}: names {name!r} as a file of its weights, which is no safetensors file of it")
     try:
         architecture = json.loads((body / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         model = getattr(transformers, architecture).from_pretrained(

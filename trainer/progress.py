@@ -91,6 +91,8 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) ->
     test = parts.feed.test
     tested = evaluate(world, parts.model, parts.objective, parts.feed, test) if len(test) else Metrics()
     if world.is_main:
+        for line in parts.left_out():
+            Terminal.say_once(line)
         model = world.accelerator.unwrap_model(parts.model)
         counts = count_parameters(model)  # before a LoRA is merged
         with writing(f"{folder / 'model'}: the model", folder):

@@ -61,7 +61,7 @@ def why_no_label(column: Column) -> str | None:
         case "empty":
             return "is empty"
         case "list":
-            return "holds lists: several labels in a row (multi-label) are not supported yet"
+            return "holds lists, for which init writes no config: set objective.problem=multi_label in one of your own"
         case "object" | "chat":
             return "holds nested values, which must be flattened to columns first"
         case "mixed":

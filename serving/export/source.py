@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from serving.directory import MANIFEST, check_files, current, identity, read_manifest
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
 from serving.export.attention import ExportError, KvShape
 from serving.export.probe import probe, refusal
 
@@ -173,6 +173,8 @@ def _best_run(result: Path) -> Path:
 def _check_files_present(folder: Path) -> None:
     if not list(folder.glob("*.safetensors")):
         raise ExportError(f"{folder}: has no *.safetensors weights; save the model again with save_pretrained")
+    if name := foreign_weights(folder):
+        raise ExportError(f"{folder}: names {name!r} as a file of its weights, which is no safetensors file of it")
     if (folder / "adapter_config.json").exists():
         raise ExportError(f"{folder}: an unmerged adapter lies beside the weights; merge it, or move it to adapter/")
 

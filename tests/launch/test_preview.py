@@ -43,7 +43,7 @@ def preview(work, tokenizer, trivet):
         chosen = ", chat_template: chat.jinja" if template else ""
         values = {
             "run": "{name: run, steps: 4}",
-            "objective": f"{{type: {objective}}}",
+            "objective": objective if objective.startswith("{") else f"{{type: {objective}}}",
             "model": SIZES % ("" if objective in ("causal_lm", "sft") else ", architecture: encoder"),
             "tokenizer": f"{{type: pretrained, path: tokenizer{chosen}}}",
             "data": "{type: files, train: rows.jsonl, validation: rows.jsonl}",
@@ -240,6 +240,24 @@ def test_counts_are_those_of_the_data(preview, tokenizer):
     num_rows = -(-5 // per_row)
     assert f"{num_rows} rows of a batch" in out
     assert "left out  nothing" in out
+
+
+def test_every_piece_of_a_word_that_learns_its_tag_is_shown_with_it(preview):
+    rows = [{"tokens": ["zebra", "fox"], "tags": ["B-X", "O"]}] * 4
+    code, out, _ = preview("{type: token_classification, tag_all_pieces: true}", rows, "--rows", "1")
+    assert code == 0
+    document = out.split("document 1")[1].split("document 2")[0]
+    pieces = [text.rsplit(" = ", 1) for text in stretches(document, "learned")]
+    assert "".join(piece for piece, tag in pieces if tag == "B-X") == "zebra"
+    assert len([tag for _, tag in pieces if tag == "B-X"]) > 1
+    assert "".join(piece for piece, tag in pieces if tag == "O").strip() == "fox"
+
+
+def test_answers_that_are_all_empty_are_refused_since_only_the_stop_token_is_learned(preview):
+    code, _, err = preview("sft", [{"prompt": "a file?", "completion": ""}] * 4)
+    assert code == 2
+    assert "the assistant says nothing" in err
+    assert "only the stop token '<|end|>' is learned" in err
 
 
 def test_rows_that_cannot_be_learned_from_are_told_with_the_reason(preview):

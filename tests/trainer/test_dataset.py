@@ -261,6 +261,20 @@ def test_ranks_read_a_stream_together_as_one_process_does(make_config, data_file
         assert together == [batch["input_ids"].tolist() for batch in alone.micro_batches(step)]
 
 
+def test_a_run_on_a_stream_says_once_what_it_left_out_of_it(make_config, train, tmp_path, write_rows, capfd):
+    answered = [{"prompt": f"list {n}", "completion": "lines"} if n % 4 else {"prompt": "no answer"} for n in range(40)]
+    silent = {"prompt": "long " * 60, "completion": "lines"}
+    path = write_rows(tmp_path / "rows.jsonl", [*answered, silent])
+    data = {**STREAM, "train": str(path), "validation": str(path), "skip_bad_rows": True}
+    config = make_config("sft", "full", run={"name": "stream", "steps": 30}, data=data)  # several epochs
+    assert train(config) == 0
+    said = capfd.readouterr().err.splitlines()
+    end = said[-3:]
+    assert f"left out 10 rows of the stream: 10 without 'completion' (first: {path}, line 1)" in end
+    # One of the stream, however many epochs were read, and one of the held-out rows.
+    assert any(line.startswith("left out 2 rows: the assistant says nothing") for line in end)
+
+
 def test_a_dry_run_reads_no_stream_to_its_end(make_config, encoded_parts, capsys):
     from launch.train import dry_run
 
