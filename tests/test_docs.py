@@ -148,14 +148,14 @@ def test_the_slurm_script_passes_the_warning_on_and_requeues_what_has_saved(job,
     running = job(saves)
     wait_for(tmp_path / "started")
     running.send_signal(number)
-    assert running.wait(timeout=60) == 75
+    assert running.wait(timeout=600) == 75
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize("code", [0, 2, 1])
 def test_the_slurm_script_requeues_nothing_else(job, tmp_path, code):
-    assert job(f"exit {code}").wait(timeout=60) == code
+    assert job(f"exit {code}").wait(timeout=600) == code
     assert not (tmp_path / "scontrol.log").exists()
 
 

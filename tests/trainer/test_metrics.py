@@ -118,7 +118,7 @@ def test_a_run_says_what_it_does_and_nothing_else(make_config, tmp_path, monkeyp
     config = make_config("sft", "lora", run={"steps": 2}, log={"tensorboard": True})
     (tmp_path / "run.yaml").write_text(config_file.to_yaml(config))
     command = [sys.executable, "-m", "launch.train", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     said = [line.partition(":")[0] for line in done.stderr.splitlines()]
