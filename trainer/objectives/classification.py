@@ -14,6 +14,7 @@ from trainer.objectives.problem import Problem, stacked_targets
 from trainer.objectives.regression import Regression
 from trainer.objectives.single_label import SingleLabel
 from trainer.packing import Batch, Encoded, Example, Row, collate_padded
+from trainer.tokenizers import keeps_pairs_apart
 
 PROBLEMS: dict[str, type[Problem]] = {
     "single_label": SingleLabel,
@@ -82,7 +83,7 @@ def _tokens(
     """
     texts = [text for text, _ in pairs]
     others = [other for _, other in pairs if other is not None]
-    if others and not _keeps_apart(tokenizer):
+    if others and not keeps_pairs_apart(tokenizer):
         yield from ((ids, None) for ids in _joined(texts, others, tokenizer, max_length))
         return
     encoded = tokenizer(texts, others or None, truncation=True, max_length=max_length)
@@ -92,11 +93,6 @@ def _tokens(
             np.asarray(ids or [tokenizer.eos_token_id], np.int32),
             np.asarray(types[i], np.int32) if types is not None else None,
         )
-
-
-def _keeps_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts a special token between the texts of a pair."""
-    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
 
 
 def _joined(
