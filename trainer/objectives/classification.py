@@ -26,6 +26,7 @@ PROBLEMS: dict[str, type[Problem]] = {
 class ClassificationObjective(Objective):
     head = "AutoModelForSequenceClassification"
     packs = False
+    loses_rest = True
 
     def __init__(self, section: Any, data: Any, train: Iterable[dict[str, Any]]) -> None:
         super().__init__(section, data, train)
@@ -40,6 +41,11 @@ class ClassificationObjective(Objective):
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for index, row in enumerate(rows):
             yield from (text for text in pair_of(row, index, self.columns) if text is not None)
+
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        for index, row in enumerate(rows):
+            pair_of(row, index, self.columns)
+            self.problem.targets(row, index)
 
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
