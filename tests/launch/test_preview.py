@@ -75,10 +75,11 @@ def test_a_chat_is_shown_with_what_the_assistant_says_as_learned(preview):
 
 
 def test_the_legend_has_the_kinds_that_are_shown_and_no_others(preview):
-    masked = [{"text": "the quick brown fox returns a list of lines"}] * 4
+    rows = [{"text": "the quick brown fox returns a list of lines"}] * 4
     _, out, _ = preview("classification", [{"text": "the fox", "label": "a"}, {"text": "x", "label": "b"}])
-    assert "padding" in legend(out) and "masked" not in legend(out)
-    _, out, _ = preview("causal_lm", masked, "--rows", "1")
+    assert "padding" in legend(out)
+    assert "masked" not in legend(out)
+    _, out, _ = preview("causal_lm", rows, "--rows", "1")
     assert legend(out) == [kind for kind in LEGEND if f"    {kind} | " in out]
 
 
