@@ -133,7 +133,9 @@ def _summary(parts: Previewed, config: RunConfig, examples: Examples, batches: B
         yield f"note      {remark}"
     per_token = objective.head in _LOSS_PER_TOKEN
     learned = (
-        f"{batches.learned / batches.tokens:.1%} of tokens learned" if per_token else _PER_TEXT[objective.problem_type]
+        f"{batches.learned / batches.tokens:.1%} of tokens learned"
+        if per_token
+        else _PER_TEXT[objective.problem_type or "single_label_classification"]
     )
     packed = f", rows {batches.tokens / batches.room:.1%} full" if objective.packs else ""
     yield (
