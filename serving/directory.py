@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serving import format_version
+from serving import exportable, format_version
 
 MANIFEST = "trivet.json"
 VERIFICATION = "verification.json"
@@ -119,7 +119,7 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
     Raises DirectoryError if the folder or its manifest is missing, unreadable, of another kind or a newer format.
     """
     folder = Path(folder)
-    fix = "; make one with: trivet export" if kind == "onnx" else ""
+    fix = exportable.instead_of_onnx(folder) if kind == "onnx" else ""
     if not folder.is_dir():
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:

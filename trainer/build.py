@@ -19,7 +19,7 @@ from trainer.metrics import Terminal
 from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
-from trainer.strategies import STRATEGIES, check_world, tell_learning
+from trainer.strategies import STRATEGIES, check_world, tell_learning, tell_tied
 
 
 @dataclass
@@ -68,13 +68,13 @@ def build(config: RunConfig) -> Parts:
     )
     model_fit.check_length(model, tokenizer, length)
     model = STRATEGIES[config.strategy.type](model, config.strategy).train()
-    without = objective.try_out(model, length)
+    without = [*tell_tied(model, config.strategy), *objective.try_out(model, length)]
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
-        found = [f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else []
+        found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]
         for line in [*data.left_out(config), *found, describe(config, world, model, data, feed), *without]:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer import cache, leaks
+from trainer import audit, cache, leaks
 from trainer.config import (
     EmbeddedData,
     MixtureData,
@@ -33,6 +33,7 @@ from trainer.stream import StreamReading, StreamSource
 from trainer.tokenizers import load_for, load_tokenizer, train_for
 
 _PART_ROWS = 1000  # encoded together: tokenizers use much memory around what they return
+_CHECKED_ROWS = 1000  # of a stream, where a run is checked before its base model is made
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Data:
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
     num_without_example: int = 0  # rows that gave nothing to learn, as far as they were encoded
+    num_examples: int = 0  # that are trained on; of a stream they are not counted
+    longest: int = 0  # of those, in tokens
 
     def left_out(self, config: RunConfig) -> list[str]:
         """Say which rows are not learned from, and why, a line each; of a stream as far as it was read."""
@@ -55,6 +58,14 @@ class Data:
             said.append(f"left out {self.num_without_example:,}{total} rows: {why}")
         return said
 
+    def cut(self, config: RunConfig) -> list[str]:
+        """Say in a line what is lost of examples that are too long, where it is much; of a stream it is not known."""
+        length = config.batch.max_length
+        if self.splits.streaming or not self.objective.loses_rest or self.longest < length:
+            return []
+        about = {**shape_of(config), "tokenizer": fingerprint_of(self.tokenizer)}
+        return audit.tell_cut(self.objective, self.splits.train, self.tokenizer, length, about)
+
     def sizes(self, feed: Feed) -> str:
         """Say how much there is to learn from."""
         if self.splits.streaming:
@@ -63,8 +74,8 @@ class Data:
         test = f" and {counts['test']:,} test" if "test" in counts else ""
         comma = "," if test else " and"
         return (
-            f"{counts['train']:,} training{comma} {counts['validation']:,} held-out{test} examples, "
-            f"{len(feed.train):,} rows"
+            f"{counts['train']:,} training{comma} {counts['validation']:,} held-out{test} rows; training on "
+            f"{self.num_examples:,} examples in {len(feed.train):,} rows of a batch"
         )
 
     def fingerprints(self, config: RunConfig) -> dict[str, str]:
@@ -76,12 +87,26 @@ class Data:
 
 def prepare_data(config: RunConfig) -> Data:
     """Return the rows, objective and tokenizer of a run. Raises BadInput for those that cannot be learned from."""
-    splits = read_splits(config.data, config.objective.takes, getattr(config.objective, "labels", None))
-    splits = leaks.searched(config.data, splits, config.objective.takes)
-    objective = OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
+    splits, objective = _read_rows(config)
     tokenizer = build_tokenizer(config, objective, splits)
     objective.use(tokenizer)
     return Data(splits, objective, tokenizer)
+
+
+def check_rows(config: RunConfig) -> None:
+    """Raise BadInput for rows, columns and labels that a run cannot learn from; needs neither model nor tokenizer.
+
+    Of a stream only the first rows are looked at.
+    """
+    splits, objective = _read_rows(config)
+    for rows in splits.parts().values():
+        objective.check(itertools.islice(rows, _CHECKED_ROWS) if splits.streaming else rows)
+
+
+def _read_rows(config: RunConfig) -> tuple[Splits, Objective]:
+    splits = read_splits(config.data, config.objective.takes, getattr(config.objective, "labels", None))
+    splits = leaks.searched(config.data, splits, config.objective.takes)
+    return splits, OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
 
 
 def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> PreTrainedTokenizerBase:
@@ -117,6 +142,8 @@ def make_feed(config: RunConfig, data: Data, world: World) -> Feed:
     else:
         weighted = _weighted(splits)
         train = [_stored(config, data, each.rows) for each in weighted]
+        data.num_examples = sum(len(rows.store) for rows in train)
+        data.longest = max(int(rows.store.lengths.max()) for rows in train)
         reading = RowsReading(train, [each.weight for each in weighted], config.run.seed)
         held_out = _stored(config, data, splits.held_out)
         if splits.test is not None:

@@ -152,6 +152,11 @@ def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def keeps_pairs_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself puts a special token between the texts of a pair."""
+    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+
+
 def _enclose(backend: Tokenizer) -> processors.TemplateProcessing:
     ids = [(token, backend.token_to_id(token)) for token in (CLS, SEP)]
     return processors.TemplateProcessing(

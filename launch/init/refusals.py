@@ -9,6 +9,8 @@ from launch.init import labels
 from launch.init.column import Column
 from serving.directory import BadInput
 
+_TAGS = "objective.type=token_classification, data.tokens and data.tags for the columns, an encoder (configs/tag.yaml)"
+_HIDDEN = "objective.type=masked_lm, data.text for the column, an encoder (configs/pretrain_encoder.yaml)"
 _PAIRS = "objective.type=classification, data.text={0} and data.text_pair={1} (configs/classify.yaml)"
 
 # What Trivet does not learn yet, told by its columns: (all of these, one of these) -> what it is.
@@ -23,12 +25,22 @@ _BY_HAND = (
         ("tokens",),
         ("ner_tags", "tags", "pos_tags", "labels"),
         "labels for single tokens (token classification)",
-        "objective.type=token_classification, data.tokens and data.tags for the columns, an encoder (configs/tag.yaml)",
+        _TAGS,
     ),
     (("sentence1", "sentence2"), (), "labels for pairs of texts", _PAIRS.format("sentence1", "sentence2")),
     (("premise", "hypothesis"), (), "labels for pairs of texts", _PAIRS.format("premise", "hypothesis")),
 )
+_OBJECTIVES_BY_HAND = {"token_classification": _TAGS, "masked_lm": _HIDDEN}
 _PLAIN = "to learn the plain text: --objective causal_lm"
+
+
+def refuse_objectives_by_hand(objective: str, accepted: str) -> None:
+    """Raise BadInput for an objective that can be trained, but that init writes no config for."""
+    if how := _OBJECTIVES_BY_HAND.get(objective):
+        raise BadInput(
+            f"--objective: init writes no config for {objective}, which can be trained: write one with {how}; "
+            f"accepted here: {accepted}"
+        )
 
 
 def refuse_what_is_not_learned_yet(source: Path, columns: list[Column]) -> None:

@@ -68,10 +68,10 @@ def test_booleans_and_whole_floats_are_labels(trivet, values, labels):
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        (lambda i: i + 0.5, "'label' holds numbers with fractions, such as 0.5; to learn the plain text: --objective"),
+        (lambda i: i + 0.5, "such as 0.5; to learn numbers, set objective.problem=regression in a config of your own"),
         (
             lambda i: f"{i}",
-            "has 60 different values in 60 rows, fewer than two rows for each; to use ",
+            "60 different values in 60 rows, fewer than two rows for each; to learn numbers, set objective.",
         ),
         (["a", "b"], "'label' holds lists, for which init writes no config: set objective.problem=multi_label in "),
         ({"a": 1}, "'label' holds nested values, which must be flattened"),

@@ -57,6 +57,10 @@ def preview(work, tokenizer, trivet):
     return run
 
 
+def legend(out: str) -> list[str]:
+    return [line.split()[1] for line in out.splitlines() if line.startswith("legend  ")]
+
+
 def stretches(out: str, kind: str) -> list[str]:
     return [line.split(" | ", 1)[1] for line in out.splitlines() if line.startswith(f"    {kind} | ")]
 
@@ -67,7 +71,31 @@ def test_a_chat_is_shown_with_what_the_assistant_says_as_learned(preview):
     # By hand from the template: <|role|>, a new line, the content, <|end|>.
     assert stretches(out, "context") == ["<|user|>\\na file?<|end|><|assistant|>\\n"]
     assert stretches(out, "learned") == ["yes<|end|>"]
-    assert [f"legend  {kind} {meaning}" for kind, meaning in LEGEND.items()] == out.splitlines()[: len(LEGEND)]
+    assert legend(out) == ["learned", "context"]
+
+
+def test_the_legend_has_the_kinds_that_are_shown_and_no_others(preview):
+    rows = [{"text": "the quick brown fox returns a list of lines"}] * 4
+    _, out, _ = preview("classification", [{"text": "the fox", "label": "a"}, {"text": "x", "label": "b"}])
+    assert "padding" in legend(out)
+    assert "masked" not in legend(out)
+    _, out, _ = preview("causal_lm", rows, "--rows", "1")
+    assert legend(out) == [kind for kind in LEGEND if f"    {kind} | " in out]
+
+
+@pytest.mark.parametrize(
+    ("problem", "label", "shown", "summary"),
+    [
+        ("multi_label", ["a", "b"], "labels a, b", "every label learned"),
+        ("regression", 7, "number 7", "one number a row learned"),
+    ],
+)
+def test_what_a_text_is_given_is_called_by_its_name(preview, problem, label, shown, summary):
+    objective = f"{{type: classification, problem: {problem}}}"
+    _, out, err = preview(objective, [{"text": "the fox", "label": label}])
+    assert stretches(out, "learned")[0] == shown, err
+    assert summary in out
+    assert "one label a row" not in out
 
 
 def test_the_documents_of_a_packed_row_are_shown_apart(preview, tokenizer):

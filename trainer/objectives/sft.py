@@ -15,6 +15,8 @@ from trainer.sources import DataError
 
 
 class SFTObjective(CausalLMObjective):
+    loses_rest = True
+
     def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")

@@ -57,6 +57,11 @@ class TokenClassificationObjective(Objective):
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield from (" ".join(tagged_words_of(row, index, self.columns)[0]) for index, row in enumerate(rows))
 
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        for index, row in enumerate(rows):
+            for tag in tagged_words_of(row, index, self.columns)[1]:
+                self._number(tag, row, index)
+
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
     ) -> Encoded:
