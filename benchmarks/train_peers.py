@@ -120,7 +120,7 @@ def _by_step(tokens: list[int], passes: dict[str, int]) -> list[int]:
 def _arguments(work: Path, plan: dict, options: argparse.Namespace) -> dict:
     return {
         "output_dir": str(work / "peer"), "num_train_epochs": 1, "learning_rate": plan["lr"], "weight_decay": 0.0,
-        "lr_scheduler_type": "constant", "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "use_cpu": True,
+        "lr_scheduler_type": "linear", "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "use_cpu": True,
         "bf16": options.precision == "bf16", "save_strategy": "no", "report_to": [], "logging_steps": 10**6,
         "disable_tqdm": True, "seed": options.seed,
     }  # fmt: skip

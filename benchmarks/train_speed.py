@@ -107,6 +107,12 @@ def table(title: str, rounds: Rounds, plan: train_work.Plan) -> str:
         lines.append(f"| {NAMES[system]} | {speed} | {ratio} | {loss} | {used:.0%} | {shown} | {peak:.2f} |")
     rates = [rate / 1e9 for runs in rounds.values() for run in runs for rate in run["gemm_per_cpu_s"]]
     tokens = rounds[next(iter(rounds))][0]["tokens"]
+    losses = {system: [run["loss"] for run in runs] for system, runs in rounds.items()}
+    spread = ", ".join(
+        f"{system} {min(found) / statistics.mean(found) - 1:+.1%} to {max(found) / statistics.mean(found) - 1:+.1%}"
+        for system, found in losses.items()
+    )
+    lines.append(f"\nThe losses of one system, by the order of the texts alone: {spread}.")
     lines.append(
         f"\n{tokens:,} tokens in about {plan.steps} steps; GEMM rate {statistics.median(rates):.0f} GFLOP/CPU s "
         f"({min(rates):.0f} to {max(rates):.0f}), measured before and after every run.\n"

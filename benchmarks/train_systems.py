@@ -56,7 +56,7 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
                 "model": {"type": "pretrained", "path": str(work / "model")},
                 "data": {"type": "files", "train": f"{work}/train.jsonl", "validation": f"{work}/held_out.jsonl"},
                 "strategy": {"type": "full"},
-                "optim": {"lr": plan["lr"], "schedule": "constant", "weight_decay": 0.0, "betas": [0.9, 0.999]},
+                "optim": {"lr": plan["lr"], "schedule": "linear", "weight_decay": 0.0, "betas": [0.9, 0.999]},
                 "batch": {"rows": plan["rows"], "max_length": plan["max_length"]},
                 "precision": {"type": options.precision},
                 "evaluation": {"max_rows": 1},
@@ -123,7 +123,8 @@ def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     batches = [collate_packed(rows[i : i + plan["rows"]]) for i in range(0, len(rows), plan["rows"])]
     model.train()
     start()
-    for batch in batches:
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = plan["lr"] * (1 - step / len(batches))
         targets = batch.pop("targets")
         with _autocast(options.precision):
             with token_model.head.held_back():
