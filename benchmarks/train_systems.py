@@ -56,7 +56,7 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
                 "model": {"type": "pretrained", "path": str(work / "model")},
                 "data": {"type": "files", "train": f"{work}/train.jsonl", "validation": f"{work}/held_out.jsonl"},
                 "strategy": {"type": "full"},
-                "optim": {"lr": plan["lr"], "schedule": "linear", "weight_decay": 0.0, "betas": [0.9, 0.999]},
+                "optim": {"lr": plan["lr"], "schedule": "linear", "floor": 0.0, "weight_decay": 0.0, "betas": [0.9, 0.999]},
                 "batch": {"rows": plan["rows"], "max_length": plan["max_length"]},
                 "precision": {"type": options.precision},
                 "evaluation": {"max_rows": 1},
