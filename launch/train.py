@@ -24,7 +24,7 @@ from trainer.redact import redacted
 # number of steps is among them so that a run can be made longer, which is said: a schedule then follows the new length.
 _FREE_ON_RESUME = (
     "run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "batch.activation_checkpointing",
-    "batch.compile", "optim.on_non_finite", "optim.max_skipped_steps", "model.made_by", "run.dir",
+    "batch.compile", "optim.on_non_finite", "optim.max_skipped_steps", "model.made_by", "run.dir", "run.timeout_s",
 )  # fmt: skip
 _SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
@@ -147,6 +147,8 @@ def is_finished(config: RunConfig) -> bool:
     # An early end is the end, unless it is the patience that changed.
     stopped_early = bool(status.get("reason")) and "run.steps" not in different
     is_over = stopped_early and not any(key.startswith("evaluation.") for key in different)
+    if config.checkpoint.resume == "never":
+        return False
     is_done = status["state"] == "done" and (status["step"] >= config.run.steps or is_over)
     return is_done and all(path.is_file() for path in products)
 
