@@ -61,6 +61,10 @@ def join(nodes: Nodes, *, nproc: int, parallel: str) -> dict[str, str]:
     with _raising_stopped():
         address = _call(nodes, card, deadline) if nodes.machine_rank == 0 else _answer(nodes, card, deadline)
     interface = None if GLOO_INTERFACE in os.environ else interface_of(address)
+    print(
+        f"all {nodes.count} machines are there" + (f"; ranks talk over {interface}" if interface else ""),
+        file=sys.stderr,
+    )
     return {GLOO_INTERFACE: interface} if interface else {}
 
 

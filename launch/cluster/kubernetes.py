@@ -45,7 +45,7 @@ def jobset(job: "Job") -> str:
         "parallelism": job.nodes,
         "backoffLimit": 0,
         "podFailurePolicy": {
-            "rules": [*ended_with, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]
+            "rules": [*ended_with, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
         },
         "template": {"spec": pod},
     }
