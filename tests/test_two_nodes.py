@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 LONGEST_LAUNCH_S = 300
 WORDS = ["the", "quick", "brown", "fox", "returns", "a", "list", "of", "lines", "in", "every", "file", "that", "it"]
-slow_modes = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "multi_node.yaml")]
+slow_modes = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2", "multi_node.yaml")]
 
 
 @dataclass
@@ -193,6 +193,32 @@ def test_a_signal_to_one_node_stops_both_with_75_and_the_same_command_goes_on(wr
     assert f"step-{status['step']:08}" in ended[0][1]
     assert len(losses(stopped)) == 400
     assert losses(stopped)[:50] == pytest.approx(losses(whole)[:50], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_doctor_measures_a_slow_cable_and_finds_a_folder_that_only_one_node_has(nodes, tmp_path, free_port):
+    if not nodes[0].interface:
+        pytest.skip("needs network namespaces")
+    cable = ["dev", nodes[0].interface, "root"]
+    assert nodes[0].run("tc", "qdisc", "add", *cable, *"tbf rate 80mbit burst 64kb latency 1s".split()).wait() == 0
+    place = ["--nodes", 2, "--main-address", f"{nodes[0].address}:{free_port}", "--join-timeout-s", 120]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = []
+    # A command of a namespace has mounts of its own.
+    for rank, first in enumerate(["true", f"mount -t tmpfs none {tmp_path} && cd {tmp_path}"]):
+        command = [sys.executable, "-m", "trivet", "doctor", "--json", *place, "--machine-rank", rank]
+        options = {"env": environment, "cwd": tmp_path, "stdout": subprocess.PIPE, "text": True}
+        started.append(nodes[rank].run("sh", "-c", f'{first} && exec "$@"', "sh", *command, **options))
+    said = json.loads(started[0].communicate(timeout=LONGEST_LAUNCH_S)[0])
+    assert nodes[0].run("tc", "qdisc", "del", *cable).wait() == 0
+    assert [process.wait(timeout=60) for process in started] == [1, 0]
+
+    found = {row["subject"]: row for row in said["findings"]}
+    assert found["ranks"]["value"] == 2
+    assert f"gloo over {nodes[0].interface}" in found["ranks"]["found"]
+    assert 0 < found["all-reduce bandwidth"]["value"] < 10.5  # 80 Mbit/s are 10 MB/s, and what the burst lets through
+    assert found["shared folder"]["state"] == "problem"
+    assert f"{tmp_path}: a file made on" in found["shared folder"]["found"]
 
 
 def losses(path: Path) -> list[float]:
