@@ -51,14 +51,14 @@ def join(nodes: Nodes, *, nproc: int, parallel: str) -> dict[str, str]:
     one rank, or they were started with different `nproc`, `parallel` or number of machines; and Stopped.
     """
     asked = {"--nodes": nodes.count, "--nproc": nproc, "--parallel": parallel}
-    print(
-        f"machine {nodes.machine_rank} of {nodes.count} meets the others at {nodes.address}, for at most "
-        f"{nodes.join_timeout_s} s",
-        file=sys.stderr,
-    )
     card = {"trivet": 1, "rank": nodes.machine_rank, "host": host_name(), "asked": asked}
     deadline = time.monotonic() + nodes.join_timeout_s
     with _raising_stopped():
+        print(
+            f"machine {nodes.machine_rank} of {nodes.count} meets the others at {nodes.address}, for at most "
+            f"{nodes.join_timeout_s} s",
+            file=sys.stderr,
+        )
         address = _call(nodes, card, deadline) if nodes.machine_rank == 0 else _answer(nodes, card, deadline)
     interface = None if GLOO_INTERFACE in os.environ else interface_of(address)
     print(
@@ -74,25 +74,28 @@ def join(nodes: Nodes, *, nproc: int, parallel: str) -> dict[str, str]:
 def _call(nodes: Nodes, own: Card, deadline: float) -> str:
     """Return this machine's address, as the others reach it, when all of them are there."""
     _require_own_address(nodes, deadline)
-    cards, lines, said = {0: own}, dict[int, socket.socket](), ""
+    cards, lines = {0: own}, dict[int, socket.socket]()
+    outcome: str | None = None  # while it is open; then what is wrong, or nothing
     with _listen(nodes) as server, ExitStack() as every_line:
         try:
             while len(cards) < nodes.count:
                 line, card = _next_card(nodes, cards, server, deadline)
-                every_line.callback(_hang_up, line, lambda: said)
+                every_line.callback(_hang_up, line, lambda: outcome)
                 for gone in [rank for rank, known in lines.items() if _is_closed(known)]:
                     del cards[gone], lines[gone]
                 _check(nodes, cards, card)
                 cards[card["rank"]], lines[card["rank"]] = card, line
         except BadInput as error:
-            said = str(error)
+            outcome = str(error)
             raise
+        outcome = ""
         return _plain(next(iter(lines.values())).getsockname()[0])
 
 
-def _hang_up(line: socket.socket, error: Callable[[], str]) -> None:
-    """Tell the other end how the roll call ended: that all are there, or what is wrong."""
-    _send(line, {"error": error()})
+def _hang_up(line: socket.socket, outcome: Callable[[], str | None]) -> None:
+    """Tell the other end how the roll call ended. One that was cut short says nothing: the other may ask again."""
+    if (error := outcome()) is not None:
+        _send(line, {"error": error})
     line.close()
 
 

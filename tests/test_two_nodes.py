@@ -200,7 +200,8 @@ def test_the_doctor_measures_a_slow_cable_and_finds_a_folder_that_only_one_node_
     if not nodes[0].interface:
         pytest.skip("needs network namespaces")
     cable = ["dev", nodes[0].interface, "root"]
-    assert nodes[0].run("tc", "qdisc", "add", *cable, *"tbf rate 80mbit burst 64kb latency 1s".split()).wait() == 0
+    limit = ["tbf", "rate", "80mbit", "burst", "64kb", "latency", "1s"]
+    assert nodes[0].run("tc", "qdisc", "add", *cable, *limit).wait() == 0
     place = ["--nodes", 2, "--main-address", f"{nodes[0].address}:{free_port}", "--join-timeout-s", 120]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = []

@@ -39,14 +39,13 @@ def jobset(job: "Job") -> str:
         {"action": action, "onExitCodes": {"containerName": container, "operator": "In", "values": [code]}}
         for action, code in (("FailJob", BAD_INPUT), ("Ignore", STOPPED))
     ]
+    evicted = {"type": "DisruptionTarget", "status": "True"}
     spec = {
         "completionMode": "Indexed",
         "completions": job.nodes,
         "parallelism": job.nodes,
         "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [*ended_with, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-        },
+        "podFailurePolicy": {"rules": [*ended_with, {"action": "Ignore", "onPodConditions": [evicted]}]},
         "template": {"spec": pod},
     }
     on_failure = {"name": "badinput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}

@@ -166,6 +166,18 @@ def test_a_signal_before_the_run_began_asks_to_be_started_again(machine, number)
     assert said == f"stopped by {signal.Signals(number).name} before the run began; start it again to begin\n"
 
 
+def test_machine_0_may_be_stopped_and_come_again_while_the_others_wait(machine):
+    waiting = [machine(1, count=3), machine(0, count=3, say="start")]
+    for line in waiting[1].stderr:
+        if "meets the others" in line:
+            break
+    time.sleep(1)  # so that machine 1 has come; if it has not, it comes to the second one
+    waiting[1].send_signal(signal.SIGTERM)
+    assert waiting[1].wait(timeout=60) == 75
+    others = [machine(0, count=3), machine(2, count=3)]
+    assert [process.wait(timeout=60) for process in (waiting[0], *others)] == [0, 0, 0]
+
+
 # --- what the command line says --------------------------------------------------------------------------------------
 
 
