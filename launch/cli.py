@@ -77,18 +77,20 @@ def train(
     ] = False,
 ) -> None:
     """Train one run: from its newest checkpoint if it was stopped, else from the start."""
-    from launch import processes, roll_call
+    from launch import config_file, processes, roll_call
     from launch import train as one_run
+    from trainer import modes
+    from trainer.config import RunConfig
 
     arguments = [*(overrides or [])]
     arguments += [f"checkpoint.resume={resume}"] if resume is not None else []
     arguments += ["checkpoint.reshard=true"] if reshard else []
+    run_config = config_file.load(config, arguments, RunConfig)
+    processes.check_parallel(parallel or "ddp")
+    modes.check(run_config, parallel or "ddp")
+    modes.micro_rows(run_config, nproc * nodes)
     if dry_run:
-        from launch import config_file
-        from trainer.config import RunConfig
-
-        processes.check_parallel(parallel or "ddp")
-        return one_run.dry_run(config_file.load(config, arguments, RunConfig), nproc=nproc * nodes)
+        return one_run.dry_run(run_config, nproc=nproc * nodes)
     machines = nodes_of(nodes, machine_rank, main_address, join_timeout_s)
     if nproc == 1 and parallel is None and machines is None:
         raise typer.Exit(one_run.main([str(config), *arguments]))

@@ -99,7 +99,7 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
         return
     from trainer import loop, out_of_memory
     from trainer.build import build
-    from trainer.feed import micro_rows
+    from trainer.modes import micro_rows
 
     micro_rows(config, nproc)
     with out_of_memory.while_building(config):

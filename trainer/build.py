@@ -14,8 +14,9 @@ from trainer import compute, distributed, hub, leaks, model_dir, model_fit, mode
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 from trainer.dataset import Data, build_tokenizer, make_feed, make_rows, prepare_data
 from trainer.distributed import World
-from trainer.feed import Feed, micro_rows
+from trainer.feed import Feed
 from trainer.metrics import Terminal
+from trainer.modes import micro_rows
 from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits

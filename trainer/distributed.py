@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from serving.directory import BadInput
-from trainer import fsdp, machines, zero
+from trainer import fsdp, machines, modes, zero
 from trainer.config import RunConfig
 from trainer.guards import RunFailed
 
@@ -106,9 +106,11 @@ def start(config: RunConfig) -> World:
     if with_deepspeed:
         # DeepSpeed 0.19 calls collectives by names that torch is giving up.
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        modes.check(config, f"zero{zero.stage()}")
         zero.check(config)
     if with_fsdp:
-        fsdp.check(config)
+        modes.check(config, "fsdp2")
+        fsdp.check()
     machines.refuse_lone_worlds()
     machines.use_reachable_interface()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # what is divided how is trainer/fsdp.py's

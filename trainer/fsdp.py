@@ -1,4 +1,4 @@
-"""A model divided by PyTorch's FSDP2, and what launch config and run config may ask of it."""
+"""A model divided by PyTorch's FSDP2, and what a launch config may ask of it."""
 
 import os
 
@@ -8,11 +8,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from serving.directory import BadInput
-from trainer.config import RunConfig
 
 
-def check(config: RunConfig) -> None:
-    """Raise BadInput for what the launch config asks of FSDP, or the run config under it, that is not supported."""
+def check() -> None:
+    """Raise BadInput for what the launch config asks of FSDP that is not supported."""
     for key, accepted in (
         ("fsdp_version", "2"),
         ("fsdp_offload_params", "false"),
@@ -22,16 +21,6 @@ def check(config: RunConfig) -> None:
         found = os.environ.get(key.upper(), accepted).lower()
         if found != accepted:
             raise BadInput(f"{key}: {found} found in the launch config; accepted: {accepted}, as in fsdp2.yaml")
-    for key, value, accepted_values in (
-        ("optim.type", config.optim.type, ("adamw", "sgd")),
-        ("precision.type", config.precision.type, ("fp32", "bf16")),
-        ("batch.compile", config.batch.compile, (False,)),
-    ):
-        if value not in accepted_values:
-            accepted = ", ".join(str(each).lower() for each in accepted_values)
-            raise BadInput(
-                f"{key}: {str(value).lower()} found; accepted with FSDP2: {accepted}; use it, or --parallel ddp"
-            )
 
 
 def shard(model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, world_size: int) -> None:

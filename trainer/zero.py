@@ -13,6 +13,7 @@ import torch
 from serving.directory import BadInput
 from trainer.config import RunConfig
 from trainer.free_memory import free_bytes
+from trainer.out_of_memory import in_words
 
 _ENVIRONMENT = "ACCELERATE_DEEPSPEED_"
 _UNSET = ("", "none", "auto")
@@ -23,28 +24,18 @@ _BYTES_OFFLOADED = 16  # of each weight that learns: its fp32 copy, its gradient
 
 
 def check(config: RunConfig) -> None:
-    """Raise BadInput where launch config and run config contradict each other, or ask for what is not supported."""
-    for key, found, accepted in (
-        ("optim.type", config.optim.type, "adamw"),
-        ("optim.on_non_finite", config.optim.on_non_finite, "stop"),
-    ):
-        if found != accepted:
-            raise BadInput(f"{key}: {found} found; accepted with DeepSpeed: {accepted}; use it, or --parallel ddp")
-    if config.precision.type == "fp16":
-        raise BadInput("precision.type: fp16 found; accepted with DeepSpeed: fp32, bf16; use one, or --parallel ddp")
-    if stage() == 3 and config.batch.compile:
-        raise BadInput("batch.compile: true found; accepted with ZeRO-3: false; leave it out, or use --parallel ddp")
+    """Raise BadInput where the launch config contradicts the run config, or asks for what is not supported."""
     settings = _own_settings()
     offload = {key: str(_at(settings, key) or "none").lower() for key in _OFFLOAD}
     for key, device in offload.items():
         if device not in ("none", "cpu"):
             raise BadInput(f"{key}: {device} found in the launch config; accepted: none, cpu")
-    for key, ours, value in _owned_by_the_run(config):
+    for key, said, value in _owned_by_the_run(config):
         found = _at(settings, key)
         if found is not None and str(found).lower() not in _UNSET and not _same(found, value):
             raise BadInput(
-                f"{key}: {found} found in the launch config, but {ours} is {value}; the run config owns it: remove "
-                f"{key} from the launch config"
+                f"{key}: {found} found in the launch config, but {said}; the run config owns it: remove {key} from the "
+                "launch config"
             )
 
 
@@ -67,8 +58,8 @@ def check_space_for_offload(model: torch.nn.Module, *, world_size: int) -> None:
     needed = _BYTES_OFFLOADED * learning // world_size
     if free is not None and needed > free:
         raise BadInput(
-            f"offload_optimizer_device: cpu found, which takes {needed / 2**30:.1f} GiB of memory for each process, "
-            f"but {free / 2**30:.1f} GiB can be had; use more machines, strategy.type=lora, or a smaller model"
+            f"offload_optimizer_device: cpu found, which takes {in_words(needed)} of memory for each process, but "
+            f"{in_words(free)} can be had; use more machines, strategy.type=lora, or a smaller model"
         )
 
 
@@ -97,19 +88,20 @@ _OFFLOAD = ("zero_optimization.offload_optimizer.device", "zero_optimization.off
 
 
 def _owned_by_the_run(config: RunConfig) -> list[tuple[str, str, Any]]:
-    """What DeepSpeed has a name of its own for, the key of the run config that says it, and its value there."""
+    """What DeepSpeed has a name of its own for, what the run config says of it, and what it should be then."""
     batch, precision = config.batch, config.precision.type
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro_rows = batch.micro_rows or batch.rows // world_size
+    accumulation, optim = batch.rows // (micro_rows * world_size), config.optim
     return [
-        ("train_batch_size", "batch.rows", batch.rows),
-        ("train_micro_batch_size_per_gpu", "batch.micro_rows", micro_rows),
-        ("gradient_accumulation_steps", "batch.rows / batch.micro_rows", batch.rows // (micro_rows * world_size)),
-        ("gradient_clipping", "optim.max_grad_norm", config.optim.max_grad_norm),
-        ("bf16.enabled", "precision.type", precision == "bf16"),
-        ("fp16.enabled", "precision.type", False),
-        ("optimizer", "optim.type", config.optim.type),
-        ("scheduler", "optim.schedule", config.optim.schedule),
+        ("train_batch_size", f"batch.rows is {batch.rows}", batch.rows),
+        ("train_micro_batch_size_per_gpu", f"batch.micro_rows is {micro_rows}", micro_rows),
+        ("gradient_accumulation_steps", f"batch.rows and batch.micro_rows make it {accumulation}", accumulation),
+        ("gradient_clipping", f"optim.max_grad_norm is {optim.max_grad_norm}", optim.max_grad_norm),
+        ("bf16.enabled", f"precision.type is {precision}", precision == "bf16"),
+        ("fp16.enabled", f"precision.type is {precision}", False),
+        ("optimizer", f"optim.type is {optim.type}", optim.type),
+        ("scheduler", f"optim.schedule is {optim.schedule}", optim.schedule),
     ]
 
 

@@ -7,7 +7,6 @@ The one file that touches private names of DeepSpeed (0.19). Stages 1 and 2: `_h
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -60,12 +59,6 @@ def refresh_weights(zero) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if kept_whole := zero.persistent_parameters:
         kept_whole[0].all_gather(kept_whole)
-
-
-def gradients(zero) -> Iterator[torch.Tensor]:
-    """Yield what this rank holds of the gradients between a backward pass and its step (ZeRO-2 and ZeRO-3)."""
-    for parts in zero.averaged_gradients.values():
-        yield from parts or ()
 
 
 def _of_stage_1_or_2(zero, name: str, parameter: torch.nn.Parameter, roles: list[str], rank: int) -> Held | None:

@@ -1,0 +1,67 @@
+"""What every rank of a launch runs: configs one after the other, watched, with what it saw left for the tests.
+
+A run "x.yaml@3" is told to stop, on the last rank only, right after step 3 has been taken there. In a run whose name
+begins with "silent", two examples of three carry no loss.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from bytes_held import bytes_held  # beside this file
+from silent import silenced
+
+from launch import config_file
+from launch import train as launch_train
+from trainer import distributed
+from trainer.config import RunConfig
+from trainer.feed import Feed
+from trainer.packing import IGNORED
+
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+finish_for_real, parts_for_real = distributed.finish_step, Feed.parts_at
+stop_after, taken = 0, 0
+seen: dict = {}
+
+
+def finish_step(world, model, optimizer, **kwargs):
+    """Measure between the backward pass and the step, and signal after it."""
+    global taken
+    before = bytes_held(world, model, optimizer) if taken == 1 else None
+    norm = finish_for_real(world, model, optimizer, **kwargs)
+    taken += 1
+    if before is not None:
+        seen["bytes"] = before
+    if taken == stop_after and RANK == SIZE - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return norm
+
+
+def parts_at(self, step):
+    """Count what carries loss in each of this rank's micro-batches."""
+    parts = parts_for_real(self, step)
+    examples = [[example for each in part for example in each.row] for part in parts]
+    counts = [sum(int((example.targets != IGNORED).sum()) for example in part) for part in examples]
+    seen.setdefault("targets", []).append(counts)
+    return parts
+
+
+def main() -> None:
+    global stop_after, taken, seen
+    distributed.finish_step, Feed.parts_at = finish_step, parts_at
+    codes, found = [], {}
+    for argument in sys.argv[2:]:
+        path, _, step = argument.partition("@")
+        stop_after, taken, seen = int(step or 0), 0, {}
+        config = config_file.load(Path(path), [], RunConfig)
+        with silenced(config.run.name.startswith("silent")):
+            codes.append(launch_train.train(config))
+        found[config.run.name] = seen
+    Path(f"{sys.argv[1]}.{RANK}").write_text(json.dumps({"codes": codes, "seen": found}))
+
+
+if __name__ == "__main__":
+    main()
