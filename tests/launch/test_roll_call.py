@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import processes
 from launch.nodes import Nodes, nodes_of
 from serving.directory import BadInput
 
@@ -27,7 +28,7 @@ try:
 except BadInput as error:
     sys.exit(f"error: {error}")
 """
-NOWHERE = "192.0.2.1"  # RFC 5737: an address for documentation, of no machine
+NOWHERE = "198.51.100.7"  # RFC 5737: an address for documentation, of no machine
 
 
 @pytest.fixture
@@ -219,6 +220,16 @@ def test_deepspeed_is_told_to_use_the_launcher_that_forms_one_world():
     flags += ["--rdzv_conf", "timeout=60"]
     assert machines.launch_flags("ddp") == flags
     assert machines.launch_flags("zero3") == [*flags, "--deepspeed_multinode_launcher", "standard"]
+
+
+def test_the_launcher_is_told_the_processes_of_all_machines_together(monkeypatch):
+    monkeypatch.setattr(processes, "_num_gpus", lambda: 4)
+    machines = Nodes(2, 1, "node1", 7)
+    argv, _ = processes.accelerate_command(Path("run.yaml"), ["a.b=1"], nproc=4, parallel="zero2", nodes=machines)
+    world = argv[argv.index("--num_processes") :]
+    assert world == [
+        "--num_processes", "8", *machines.launch_flags("zero2"), "-m", "launch.train", "run.yaml", "a.b=1"
+    ]  # fmt: skip
 
 
 def connected(port: int) -> socket.socket:

@@ -103,7 +103,7 @@ def test_an_address_of_this_machine_leads_by_its_own_interface():
 
 def test_a_host_that_cannot_be_found_leads_nowhere():
     assert machines.interface_towards("no-such-machine.invalid") is None
-    assert machines.interface_of("192.0.2.1") is None
+    assert machines.interface_of("198.51.100.7") is None
 
 
 @pytest.mark.parametrize(
