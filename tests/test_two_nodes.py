@@ -60,7 +60,7 @@ def nodes() -> Iterator[list[Node]]:
             ):
                 subprocess.run(line.split(), check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", "") or error
+            why = (getattr(error, "stderr", "") or str(error)).strip()
             warnings.warn(
                 f"no network namespaces ({why}): two launches on the loopback stand for two nodes", stacklevel=1
             )
