@@ -29,7 +29,7 @@ def shard(model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torc
     The optimizer goes on with this rank's rows of each weight. Through torch itself, since Accelerate 1.15 divides
     heads by names, which fails where one shares weights with what it does not look at (BERT's bias).
     """
-    whole = dict(model.to(device).named_parameters())
+    whole = dict(model.named_parameters())
     mesh = init_device_mesh(device.type, (world_size,))
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
     for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:

@@ -3,7 +3,7 @@
 The one file that touches private names of DeepSpeed (0.19). Stages 1 and 2: `_hp_mapping`,
 `_hp_optimizer_states_linked`, `_lazy_init_hp_params_optimizer_state`, `single_partition_of_fp32_groups`. Stage 3:
 `ds_shape`, `ds_tensor`, `_get_fp32_opt_state_partition`, `_partition_all_parameters`,
-`_reassign_or_swap_out_partitioned_parameters`, `persistent_parameters`, `fp32_partitioned_groups_flat`.
+`_reassign_or_swap_out_partitioned_parameters`, `fp32_partitioned_groups_flat`.
 """
 
 import math
@@ -54,11 +54,9 @@ def refresh_weights(zero) -> None:
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero.update_lp_params()
         return
-    zero._partition_all_parameters()
+    zero._partition_all_parameters()  # those too that are kept whole: the next forward pass gathers them anew
     for group in range(len(flats(zero))):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-    if kept_whole := zero.persistent_parameters:
-        kept_whole[0].all_gather(kept_whole)
 
 
 def _of_stage_1_or_2(zero, name: str, parameter: torch.nn.Parameter, roles: list[str], rank: int) -> Held | None:

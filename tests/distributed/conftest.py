@@ -58,7 +58,7 @@ class Modes:
     all_cases, fast_cases = ALL, staticmethod(fast_cases)
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.logs = folder, {}
+        self.folder = folder
         self._launched: dict[str, dict[str, Any]] = {}
         self._alone: set[str] = set()
         self._write_data()
@@ -146,6 +146,7 @@ class Modes:
     def launched(self, mode: str) -> dict[str, Any]:
         """Return what the ranks of the mode's one launch saw: a dict a rank, of `codes` and of `seen` by run."""
         if mode not in self._launched:
+            self._launched[mode] = {}  # until it has worked
             self.alone("alone-whole", run={"steps": WHOLE_STEPS})
             paths: list[str | Path] = [self.config(f"{mode}-{o}-{s}", o, s) for o, s in fast_cases(mode)]
             paths.append(self.config(f"{mode}-whole", run={"steps": WHOLE_STEPS}))
@@ -157,26 +158,36 @@ class Modes:
             ))  # fmt: skip
             silent = {"data": {"train": str(self.folder / "silent.jsonl")}, "run": {"steps": WHOLE_STEPS}}
             paths.append(self.config(f"silent-{mode}", **silent))
+            # At this rate the first step is the best, and the model goes back to it.
+            best = {"optim": {"lr": 0.5, "max_grad_norm": 50}, "evaluation": {"every": 1}, "checkpoint": {"best": True}}
+            paths.append(self.config(f"{mode}-best", **best))
             self._launched[mode] = self.launch(mode, *paths)
+        assert self._launched[mode], f"the launch of {mode} failed, as another test shows"
         return self._launched[mode]
 
-    def launch(self, mode: str, *configs: str | Path, nproc: int = 2) -> dict[str, Any]:
-        """Train configs one after the other in a world of `nproc`; return what each rank left, under "ranks"."""
-        results, log = self.folder / f"{mode}-{nproc}", self.folder / f"{mode}-{nproc}.log"
+    def launch(self, mode: str, *configs: str | Path, nproc: int = 2, expected: int = 0) -> dict[str, Any]:
+        """Train configs one after the other in a world of `nproc`; return its log, and what each rank left."""
+        results = self.folder / f"{mode}-{nproc}"
         argv, added = processes.accelerate_command(Path("CONFIG"), [], nproc=nproc, parallel=mode)
         assert argv[-3:] == ["-m", "launch.train", "CONFIG"]
-        argv = [*argv[:-3], str(FOLDER / "worker.py"), str(results), *map(str, configs)]
+        log = self.run([*argv[:-3], str(FOLDER / "worker.py"), str(results), *map(str, configs)], added, expected)
+        noise = [line for line in log.splitlines() if "warning" in line.lower() or "mismatch" in line]
+        assert expected or not noise, noise
+        files = [Path(f"{results}.{rank}") for rank in range(nproc)]
+        return {"log": log, "ranks": [json.loads(file.read_text()) for file in files if not expected]}
+
+    def run(self, argv: list[str], added: dict[str, str], expected: int = 0) -> str:
+        """Run a command in a group of its own until it ends with the expected code; return what it said."""
+        log = self.folder / "launch.log"
         inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
         env = {**added, "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]), "OMP_NUM_THREADS": "1"}
         with log.open("wb") as output, processes.Group(argv, env, output=output) as group:
             deadline = time.monotonic() + LONGEST_LAUNCH_S
             while group.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert group.poll() == 0, f"ended with {group.poll()} (None: hung): {log.read_text()[-4000:]}"
-        said = log.read_text()
-        noise = [line for line in said.splitlines() if "warning" in line.lower() or "mismatch" in line]
-        assert not noise, noise
-        return {"log": said, "ranks": [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(nproc)]}
+            code = group.poll()
+        assert code == expected, f"ended with {code} (None: hung): {log.read_text()[-4000:]}"
+        return log.read_text()
 
     # --- what they are made of
 

@@ -77,13 +77,13 @@ def test_a_rank_without_anything_to_learn_from_changes_nothing(modes, mode):
     modes.check_same_numbers(f"silent-{mode}", modes.alone("silent", **settings))
 
 
-# Bytes of each, as parts of those of the whole model in fp32, on one of N ranks. `copies` are the fp32 weights that
-# DeepSpeed steps: in fp32 ZeRO-3 has none beside its part of the weights. Gradients: arXiv:1910.02054, figure 1.
+# Bytes of each, as parts of those of the whole model in fp32, on one of N ranks: arXiv:1910.02054, figure 1. `copies`
+# are the fp32 weights that DeepSpeed steps, which it keeps beside those it computes with even where those are fp32 too.
 THEORY = {
     "ddp": {"weights": "1", "copies": "0", "gradients": "1", "optimizer": "2"},
     "zero1": {"weights": "1", "copies": "1/N", "gradients": "1", "optimizer": "2/N"},
     "zero2": {"weights": "1", "copies": "1/N", "gradients": "1/N", "optimizer": "2/N"},
-    "zero3": {"weights": "1/N", "copies": "0", "gradients": "1/N", "optimizer": "2/N"},
+    "zero3": {"weights": "1/N", "copies": "1/N", "gradients": "1/N", "optimizer": "2/N"},
     "zero3-offload": {"weights": "1/N", "copies": "1/N", "gradients": "1/N", "optimizer": "2/N"},
     "fsdp2": {"weights": "1/N", "copies": "0", "gradients": "1/N", "optimizer": "2/N"},
 }

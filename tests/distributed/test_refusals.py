@@ -153,7 +153,7 @@ def test_the_private_names_of_deepspeed_that_checkpoints_use_are_there():
          ["_hp_optimizer_states_linked", "single_partition_of_fp32_groups", "averaged_gradients"]),
         (Stage3, ["_get_fp32_opt_state_partition", "_partition_all_parameters",
                   "_reassign_or_swap_out_partitioned_parameters"],
-         ["fp32_partitioned_groups_flat", "persistent_parameters", "averaged_gradients"]),
+         ["fp32_partitioned_groups_flat", "averaged_gradients"]),
     ):  # fmt: skip
         assert all(callable(getattr(kind, name, None)) for name in methods), kind
         assert all(f"self.{name} =" in inspect.getsource(kind) for name in fields), kind
