@@ -135,10 +135,7 @@ def train_on(nodes, tmp_path, free_port):
             codes = [process.wait(timeout=LONGEST_LAUNCH_S) for process in started]
         finally:
             for process in started:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
-                    process.send_signal(signal.SIGINT)  # the second ends it at once
-                    process.wait()
+                end(process)
         return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
     return train
@@ -244,6 +241,16 @@ def result(path: Path) -> dict[str, Any]:
 def run_folder(path: Path) -> Path:
     run = config_file.read_yaml(path)["run"]
     return Path(run["dir"]) / run["name"]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a `trivet train` with all that it started, as a second Ctrl-C does."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # two signals of one kind at once are one
+    process.kill()
+    process.wait()
 
 
 def wait_for(condition) -> None:
