@@ -127,4 +127,4 @@ def test_a_run_says_what_it_does_and_nothing_else(make_config, tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     said = [line.partition(":")[0] for line in done.stderr.splitlines()]
-    assert said == ["leaks", "run", "step 0", "step 1/2", "step 2/2", "step 2", "model"], done.stderr
+    assert said == ["cut", "leaks", "run", "step 0", "step 1/2", "step 2/2", "step 2", "model"], done.stderr
