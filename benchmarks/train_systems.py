@@ -96,7 +96,6 @@ def bare(work: Path, plan: dict, options: argparse.Namespace) -> dict:
     """The same work in a loop written out here: packed documents, segments, the loss without all logits."""
     import numpy as np
 
-    from trainer.losses import linear_cross_entropy_sum
     from trainer.packing import Example, collate_packed, pack
     from trainer.token_model import tried_out
 
@@ -112,10 +111,7 @@ def bare(work: Path, plan: dict, options: argparse.Namespace) -> dict:
     for batch in batches:
         targets = batch.pop("targets")
         with _autocast(options.precision):
-            with token_model.head.held_back():
-                hidden = model(**batch, use_cache=False).logits
-            head = token_model.head.linear
-            loss = linear_cross_entropy_sum(hidden, head.weight, head.bias, targets) / targets.numel()
+            loss = token_model.loss_sum(model, {**batch, "use_cache": False}, targets) / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
