@@ -125,7 +125,7 @@ def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     for batch in batches:
         targets = batch.pop("targets")
         with _autocast(options.precision):
-            loss = token_model.loss_sum(model, batch | {"use_cache": False}, targets) / targets.numel()
+            loss = token_model.loss_sum(model, {**batch, "use_cache": False}, targets) / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

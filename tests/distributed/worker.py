@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bytes_held import bytes_held  # beside this file
+from bytes_held import bytes_held, gradient_bytes  # beside this file
 from silent import silenced
 
 from launch import config_file
@@ -23,19 +23,26 @@ from trainer.packing import IGNORED
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-finish_for_real, parts_for_real, write_for_real = distributed.finish_step, Feed.parts_at, checkpoint._write_slices
+finish_for_real, backward_for_real = distributed.finish_step, distributed.backward
+parts_for_real, write_for_real = Feed.parts_at, checkpoint._write_slices
 stop_after, taken, written, dies = 0, 0, 0, False
 seen: dict = {}
 
 
+def backward(world, model, loss, **kwargs):
+    """Measure the gradients after each backward pass, of the second step."""
+    backward_for_real(world, model, loss, **kwargs)
+    if taken == 1:
+        seen["gradients"] = max(seen.get("gradients", 0), gradient_bytes(world, model))
+
+
 def finish_step(world, model, optimizer, **kwargs):
-    """Measure between the backward pass and the step, and signal after it."""
+    """Measure the rest before the second step, and signal after the one that was named."""
     global taken
-    before = bytes_held(world, model, optimizer) if taken == 1 else None
+    if taken == 1:
+        seen["bytes"] = {**bytes_held(world, model, optimizer), "gradients": seen["gradients"]}
     norm = finish_for_real(world, model, optimizer, **kwargs)
     taken += 1
-    if before is not None:
-        seen["bytes"] = before
     if taken == stop_after and RANK == SIZE - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return norm
@@ -61,7 +68,8 @@ def write_slices(*args):
 
 def main() -> None:
     global stop_after, taken, seen, written, dies
-    distributed.finish_step, Feed.parts_at, checkpoint._write_slices = finish_step, parts_at, write_slices
+    distributed.finish_step, distributed.backward = finish_step, backward
+    Feed.parts_at, checkpoint._write_slices = parts_at, write_slices
     codes, found = [], {}
     for argument in sys.argv[2:]:
         path, _, step = argument.partition("@")
