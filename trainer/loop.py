@@ -69,7 +69,7 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
         return leave(config, world, done, stop, log)
     if done.step == 0:
         done, _ = evaluate_and_log(config, parts, log, done, started)
-    with profile.window(config, is_main=world.is_main) as profiled:
+    with profile.window(config, log) as profiled:
         for step in range(done.step, config.run.steps):
             if reason := early_stop.reason(config.evaluation, done.scores, parts.objective.score[1]):
                 if log is not None:
