@@ -35,6 +35,7 @@ SHAPES = {
                 "num_attention_heads": 9, "num_key_value_heads": 3},
 }  # fmt: skip
 HELD_OUT = {shape: 8 if shape == "smollm2" else 40 for shape in SHAPES}  # documents, each read alone
+FILLED = (0.94, 0.97)  # of the packed rows that a pass over the texts takes
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,21 @@ class Plan:
 def prepare(work: Path, shape: str, *, steps: int, documents: int, max_length: int, joined: bool, lr: float) -> Plan:
     """Write the model, the texts and the plan into `work`; return the plan.
 
-    The texts are documents of this Python's standard library, cut at `max_length` tokens; `joined`: as many of them
-    joined as give each text that length.
+    The texts are documents of this Python's standard library, cut at `max_length` tokens, chosen so that packed and
+    padded systems take as many steps; `joined`: as many of them joined as give each text that length.
     """
     items = corpus.read_items()
     train, held_out = ([row["text"] for row in rows] for rows in corpus.split(corpus.documents(items)))
     tokenizer = train_tokenizer(train, BPE_ENTRIES, max_length + 1)
-    rng = random.Random(0)
-    rng.shuffle(train), rng.shuffle(held_out)
-    train = ["\n".join(train[i : i + 60]) for i in range(0, len(train), 60)] if joined else train
-    chosen = [_cut(text, tokenizer, max_length) for text in train[: steps * documents]]
-    num_tokens = sum(len(ids) for ids in tokenizer(chosen)["input_ids"])
-    rows = max(1, round(num_tokens / steps / max_length))
-    plan = Plan(
-        max(2, math.ceil(num_tokens / (rows * max_length))), rows, documents, max_length, lr, held_out=not joined
-    )
+    random.Random(0).shuffle(held_out)
+    for seed in range(1000):
+        order = random.Random(seed).sample(train, len(train))
+        order = ["\n".join(order[i : i + 60]) for i in range(0, len(order), 60)] if joined else order
+        chosen = [_cut(text, tokenizer, max_length) for text in order[: steps * documents]]
+        rows_filled = sum(len(ids) + 1 for ids in tokenizer(chosen)["input_ids"]) / max_length / steps
+        if joined or FILLED[0] < rows_filled / math.ceil(rows_filled) < FILLED[1]:
+            break
+    plan = Plan(steps, math.ceil(rows_filled), documents, max_length, lr, held_out=not joined)
     work.mkdir(parents=True)
     for name, texts in (
         ("train", chosen),
