@@ -3,8 +3,9 @@
     python benchmarks/train_systems.py SYSTEM WORK --precision fp32|bf16 [--seed N] [--threads N]
 
 WORK is a folder that train_speed.py made: model/ (weights and tokenizer), train.jsonl, held_out.jsonl, plan.json. Each
-system makes one pass over the training texts and prints one line of JSON. A step is marked by the optimizer itself, in
-every system alike, and the clock starts where the first batch is asked for.
+system makes one pass over the training texts and prints one line of JSON: under a launcher one of each rank, with its
+share of the tokens. A step is marked by the optimizer itself, in every system alike, and the clock starts where the
+first batch is asked for.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from train_peers import PEERS, Documents, System, load, read_documents
+from train_peers import PEERS, WORLD_SIZE, Documents, System, load, read_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GEMM_SIZE, GEMM_REPEATS = 2048, 5
@@ -68,7 +69,7 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     code = loop.train(config, "")
     assert code == 0, f"the run ended with {code}"
     lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
-    tokens = [line["tokens"] for line in lines if line["kind"] == "train"]
+    tokens = [line["tokens"] / WORLD_SIZE for line in lines if line["kind"] == "train"]
     model = AutoModelForCausalLM.from_pretrained(config.run.folder / "model", dtype=torch.float32)
     return {"tokens": tokens, "model": model, "inside_s": sum(spent)}
 
@@ -176,7 +177,9 @@ def main() -> None:
     before = gemm_rate(dtype)
     result = SYSTEMS[options.system](options.work, plan, options, CLOCK.start)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps, tokens, inside_s = len(CLOCK.cpu_s) - 1, result["tokens"], result.get("inside_s")
+    # DeepSpeed calls its optimizer once for each of its parts, so there may be more marks than steps.
+    tokens, inside_s = result["tokens"], result.get("inside_s")
+    steps = min(len(CLOCK.cpu_s) - 1, len(tokens))
     wall_s = CLOCK.wall_s[-1] - CLOCK.wall_s[0]
     held_out = read_documents(
         options.work / "held_out.jsonl", AutoTokenizer.from_pretrained(options.work / "model"), 512
