@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 DEFAULT_PASS = 8
 BEST_PASS = {"fp32": 2, "bf16": 4}
 BEST_PACKED_PASS = 1
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # of the launcher
 
 Documents = list[list[int]]
 Start = Callable[[], None]  # starts the clock
@@ -107,7 +110,8 @@ def _sft_trainer(
 
 
 def _passes(whole: int, size: int) -> dict[str, int]:
-    """The settings of a step of `whole` documents or rows, in passes of `size`."""
+    """The settings of a step of `whole` documents or rows over all ranks, in passes of `size`."""
+    whole //= WORLD_SIZE
     size = min(whole, size)
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": whole // size}
 

@@ -3,8 +3,9 @@
     python benchmarks/train_systems.py SYSTEM WORK --precision fp32|bf16 [--seed N] [--threads N]
 
 WORK is a folder that train_speed.py made: model/ (weights and tokenizer), train.jsonl, held_out.jsonl, plan.json. Each
-system makes one pass over the training texts and prints one line of JSON. A step is marked by the optimizer itself, in
-every system alike, and the clock starts where the first batch is asked for.
+system makes one pass over the training texts and prints one line of JSON: under a launcher one of each rank, with its
+share of the tokens. A step is marked by the optimizer itself, in every system alike, and the clock starts where the
+first batch is asked for.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from train_peers import PEERS, Documents, System, load, read_documents
+from train_peers import PEERS, WORLD_SIZE, Documents, System, load, read_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GEMM_SIZE, GEMM_REPEATS = 2048, 5
@@ -69,7 +70,7 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     code = loop.train(config, "")
     assert code == 0, f"the run ended with {code}"
     lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
-    tokens = [line["tokens"] for line in lines if line["kind"] == "train"]
+    tokens = [line["tokens"] / WORLD_SIZE for line in lines if line["kind"] == "train"]
     model = AutoModelForCausalLM.from_pretrained(config.run.folder / "model", dtype=torch.float32)
     return {"tokens": tokens, "model": model, "inside_s": sum(spent)}
 
@@ -110,7 +111,6 @@ def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     """The same work in a loop written out here: packed documents, segments, the loss without all logits."""
     import numpy as np
 
-    from trainer.losses import linear_cross_entropy_sum
     from trainer.packing import Example, collate_packed, pack
     from trainer.token_model import tried_out
 
@@ -128,10 +128,7 @@ def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
         optimizer.param_groups[0]["lr"] = plan["lr"] * (1 - step / len(batches))
         targets = batch.pop("targets")
         with _autocast(options.precision):
-            with token_model.head.held_back():
-                hidden = model(**batch, use_cache=False).logits
-            head = token_model.head.linear
-            loss = linear_cross_entropy_sum(hidden, head.weight, head.bias, targets) / targets.numel()
+            loss = token_model.loss_sum(model, {**batch, "use_cache": False}, targets) / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,7 +179,9 @@ def main() -> None:
     before = gemm_rate(dtype)
     result = SYSTEMS[options.system](options.work, plan, options, CLOCK.start)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps, tokens, inside_s = len(CLOCK.cpu_s) - 1, result["tokens"], result.get("inside_s")
+    # DeepSpeed calls its optimizer once for each of its parts, so there may be more marks than steps.
+    tokens, inside_s = result["tokens"], result.get("inside_s")
+    steps = min(len(CLOCK.cpu_s) - 1, len(tokens))
     wall_s = CLOCK.wall_s[-1] - CLOCK.wall_s[0]
     held_out = read_documents(
         options.work / "held_out.jsonl", AutoTokenizer.from_pretrained(options.work / "model"), 512

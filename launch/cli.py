@@ -7,9 +7,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import politeness
-from launch.disk_errors import explain, naming
+from launch import cli_machine, cli_serving, politeness
+from launch.cli_machine import AddressOption, JoinOption, NodesOption, RankOption
+from launch.disk_errors import explain
 from launch.extras import missing_extra
+from launch.nodes import JOIN_TIMEOUT_S, nodes_of
 from launch.onnxruntime_wheels import refuse_wheel_clash
 from serving.directory import BadInput
 from trainer.guards import RunFailed
@@ -26,8 +28,6 @@ ConfigArgument = Annotated[Path, typer.Argument(help="A config file (.yaml); see
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.", show_default=False)
 ]
-OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A directory made by `trivet export`.")]
-Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
 
 
 def main() -> None:
@@ -58,27 +58,45 @@ def train(
     config: ConfigArgument,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    parallel: Annotated[str | None, typer.Option(help="ddp, zero1 or zero2; ddp where --nproc is above 1.")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="ddp, zero1, zero2, zero3, zero3-offload or fsdp2; ddp where --nproc is above 1."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|never|PATH", help="What to go on from (checkpoint.resume); auto.")
+    ] = None,
+    reshard: Annotated[
+        bool, typer.Option("--reshard", help="Also from a checkpoint of another mode or number of processes.")
+    ] = False,
+    nodes: NodesOption = 1,
+    machine_rank: RankOption = None,
+    main_address: AddressOption = None,
+    join_timeout_s: JoinOption = JOIN_TIMEOUT_S,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, build everything, train nothing.")
     ] = False,
 ) -> None:
     """Train one run: from its newest checkpoint if it was stopped, else from the start."""
-    from launch import processes
+    from launch import config_file, processes, roll_call
     from launch import train as one_run
+    from trainer import modes
+    from trainer.config import RunConfig
 
-    arguments = overrides or []
+    arguments = [*(overrides or [])]
+    arguments += [f"checkpoint.resume={resume}"] if resume is not None else []
+    arguments += ["checkpoint.reshard=true"] if reshard else []
+    run_config = config_file.load(config, arguments, RunConfig)
+    processes.check_parallel(parallel or "ddp")
+    modes.check(run_config, parallel or "ddp")
+    modes.micro_rows(run_config, nproc * nodes)
     if dry_run:
-        from launch import config_file
-        from trainer.config import RunConfig
-
-        processes.check_parallel(parallel or "ddp")
-        return one_run.dry_run(config_file.load(config, arguments, RunConfig), nproc=nproc)
-    if nproc == 1 and parallel is None:
+        return one_run.dry_run(run_config, nproc=nproc * nodes)
+    machines = nodes_of(nodes, machine_rank, main_address, join_timeout_s)
+    if nproc == 1 and parallel is None and machines is None:
         raise typer.Exit(one_run.main([str(config), *arguments]))
-    argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=parallel or "ddp")
+    argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=parallel or "ddp", nodes=machines)
     print(processes.show_command(argv, env), file=sys.stderr)
-    raise typer.Exit(processes.run_group(argv, env))
+    raise typer.Exit(roll_call.start_together(argv, env, machines, nproc=nproc, parallel=parallel or "ddp"))
 
 
 @app.command()
@@ -136,91 +154,6 @@ def report(
 
 
 @app.command()
-def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR|RUN|SWEEP", help="What to export.")],
-    onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
-) -> None:
-    """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
-    refuse_wheel_clash()
-    politeness.check_hub_address()
-    from launch.export import export
-
-    with naming(onnx_dir):
-        raise typer.Exit(export(model, onnx_dir))
-
-
-@app.command()
-def verify(onnx_dir: OnnxArgument, provider: Provider = "cpu") -> None:
-    """Prove an ONNX directory again, on this machine and provider, without torch."""
-    refuse_wheel_clash()
-    from launch.export import verify_again
-
-    with naming(onnx_dir):
-        raise typer.Exit(verify_again(onnx_dir, provider))
-
-
-@app.command()
-def generate(
-    onnx_dir: OnnxArgument,
-    prompt: Annotated[str | None, typer.Option(help="One prompt; a chat model gets it as the user's turn.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL rows with `prompt` or `messages`, and an `id`.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give prompts to a chat model as plain text.")] = False,
-    slots: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
-    provider: Provider = "cpu",
-) -> None:
-    """Generate text, one prompt or a file of them."""
-    refuse_wheel_clash()
-    from launch.generate import generate
-    from serving.request import Sampling
-
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    with naming(output or Path("standard output")):
-        code = generate(
-            onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
-        )
-    raise typer.Exit(code)
-
-
-@app.command()
-def predict(
-    onnx_dir: OnnxArgument,
-    text: Annotated[str | None, typer.Option(help="One text to classify.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL rows with `text`, and an `id`.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
-    provider: Provider = "cpu",
-) -> None:
-    """Tell the label of a text with its score, or of each row of a file."""
-    refuse_wheel_clash()
-    from launch.predict import predict
-
-    with naming(output or Path("standard output")):
-        raise typer.Exit(predict(onnx_dir, text, input, output, provider=provider))
-
-
-@app.command()
-def serve(
-    onnx_dir: OnnxArgument,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    slots: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 8,
-    api_key_file: Annotated[Path | None, typer.Option(help="Accepted API keys, one a line.")] = None,
-    provider: Provider = "cpu",
-) -> None:
-    """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
-    refuse_wheel_clash()
-    from launch.api_keys import read_keys
-    from serving.server import serve
-
-    serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)
-
-
-@app.command()
 def init(
     name: Annotated[
         str | None, typer.Argument(help="Name of the task: its config and its run folder.", show_default=False)
@@ -261,14 +194,6 @@ def config_docs(
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Say what is installed, what will really run, and what is wrong with its fix."""
-    from launch.doctor import doctor
-
-    raise typer.Exit(doctor(json_output=json))
-
-
-@app.command()
 def quickstart(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Fine-tune the model just made from scratch; no model is downloaded.")
@@ -288,6 +213,9 @@ def quickstart(
 
     raise typer.Exit(quickstart(dir, tiny=tiny, base=base))
 
+
+app.add_typer(cli_serving.app)
+app.add_typer(cli_machine.app)
 
 if __name__ == "__main__":
     main()

@@ -20,10 +20,11 @@ from types import FrameType
 from typing import IO
 
 from launch import process_marks
+from launch.nodes import Nodes
 from launch.shipped import example_configs
 from serving.directory import BadInput
 
-PARALLEL = ("ddp", "zero1", "zero2")
+PARALLEL = ("ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
 EXIT_FOLDER = "TRIVET_EXIT_FOLDER"  # where each rank writes its exit code: see `report_exit`
 GROUP_MARK = "TRIVET_GROUP"  # in the environment of every process of a group, however deep
 STOPPED, BAD_INPUT, INTERRUPTED = 75, 2, 130
@@ -46,10 +47,18 @@ def python_module(name: str) -> list[str]:
 
 
 def accelerate_command(
-    config_path: Path, overrides: list[str], *, nproc: int, parallel: str
+    config_path: Path,
+    overrides: list[str],
+    *,
+    nproc: int,
+    parallel: str,
+    nodes: Nodes | None = None,
+    module: str = "launch.train",
 ) -> tuple[list[str], dict[str, str]]:
     """Return the `accelerate launch` command of one run on `nproc` processes, and what it adds to the environment.
 
+    With `nodes` it is this machine's command, of a run that has `nproc` processes on each of them. Another `module` of
+    ours takes the arguments of a run, or others.
     Raises BadInput for a mode that is not in PARALLEL, or more processes than GPUs on a machine that has some.
     """
     check_parallel(parallel)
@@ -58,13 +67,14 @@ def accelerate_command(
         accepted = f"1 to {num_gpus}, the GPUs of this machine" if num_gpus else "1 or more"
         raise BadInput(f"--nproc: {nproc} found; accepted: {accepted}")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(parallel))]
-    world = ["--num_processes", str(nproc), "-m", "launch.train"]
+    flags = nodes.launch_flags(parallel) if nodes else []
+    world = ["--num_processes", str(nproc * (nodes.count if nodes else 1)), *flags, "-m", module]
     env = _safe_path()
     if "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(max(1, num_cores() // nproc))
     if not num_gpus:
         env["DS_ACCELERATOR"] = "cpu"
-        if not parallel.startswith("zero"):  # under DeepSpeed this one would start one process only
+        if parallel == "ddp":  # DeepSpeed would start one process only, and FSDP would leave the model whole
             env["ACCELERATE_USE_CPU"] = "true"
     return [sys.executable, *launcher, *world, str(config_path), *overrides], env
 
@@ -77,7 +87,7 @@ def check_parallel(parallel: str) -> None:
 
 def accelerate_config(name: str) -> Path:
     """Return the path of an Accelerate launch config that ships with Trivet."""
-    return example_configs() / "accelerate" / f"{name}.yaml"
+    return example_configs() / "accelerate" / f"{name.replace('-', '_')}.yaml"
 
 
 def show_command(argv: list[str], env: dict[str, str]) -> str:

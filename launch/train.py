@@ -24,7 +24,7 @@ from trainer.redact import redacted
 # number of steps is among them so that a run can be made longer, which is said: a schedule then follows the new length.
 _FREE_ON_RESUME = (
     "run.steps", "checkpoint.", "evaluation.", "log.", "batch.micro_rows", "batch.activation_checkpointing",
-    "batch.compile", "optim.on_non_finite", "optim.max_skipped_steps", "model.made_by", "run.dir",
+    "batch.compile", "optim.on_non_finite", "optim.max_skipped_steps", "model.made_by", "run.dir", "run.timeout_s",
 )  # fmt: skip
 _SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
@@ -92,7 +92,7 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     model = config.model
     from trainer import loop, out_of_memory
     from trainer.build import build
-    from trainer.feed import micro_rows
+    from trainer.modes import micro_rows
 
     micro_rows(config, nproc)
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
@@ -154,6 +154,8 @@ def is_finished(config: RunConfig) -> bool:
     # An early end is the end, unless it is the patience that changed.
     stopped_early = bool(status.get("reason")) and "run.steps" not in different
     is_over = stopped_early and not any(key.startswith("evaluation.") for key in different)
+    if config.checkpoint.resume == "never":
+        return False
     is_done = status["state"] == "done" and (status["step"] >= config.run.steps or is_over)
     return is_done and all(path.is_file() for path in products)
 

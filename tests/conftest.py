@@ -1,5 +1,6 @@
 """What the tests of several packages share: the command line, run as a user would, in this process."""
 
+import socket
 import sys
 
 import pytest
@@ -32,3 +33,10 @@ def trivet(monkeypatch, capfd):
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -1,12 +1,8 @@
 """What the documentation names is there: commands, options, config keys, links, paths, messages and make targets."""
 
 import ast
-import os
 import re
 import shlex
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,7 +74,7 @@ def test_a_command_mentioned_in_a_sentence_has_these_options(page, span):
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_an_option_mentioned_alone_exists_in_some_command(page):
     known = {option for command in commands().values() for parameter in command.params for option in parameter.opts}
-    planned_or_foreign = {"--dtype", "--gpus"}  # said not to be built; Slurm's
+    planned_or_foreign = {"--dtype", "--signal=B:USR1@300"}  # said not to be built; Slurm's
     alone = {span.split()[0] for span in spans(page) if span.startswith("--") and "…" not in span}
     assert alone - known - planned_or_foreign == set()
 
@@ -119,51 +115,6 @@ def test_every_path_of_the_repository_exists(page):
 def test_every_page_is_in_the_index(page):
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert page.name == "README.md" or f"]({page.name})" in index
-
-
-# --- cluster ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def job(tmp_path):
-    """Return a function that starts the Slurm script of the docs beside a made-up `trivet` and `scontrol`."""
-    [script] = [text for language, text in blocks(ROOT / "docs" / "cluster.md") if language == "bash"]
-    (tmp_path / "job.sh").write_text(script)
-
-    def start(trivet: str) -> subprocess.Popen[bytes]:
-        for name, text in (("trivet", trivet), ("scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')):
-            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-        return subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment, cwd=tmp_path)
-
-    return start
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_the_slurm_script_passes_the_warning_on_and_requeues_what_has_saved(job, tmp_path, number):
-    saves = (
-        "trap 'saving=1' USR1; touch started; until [ $saving ]; do sleep 0.05; done; sleep 0.5; touch saved; exit 75"
-    )
-    running = job(saves)
-    wait_for(tmp_path / "started")
-    running.send_signal(number)
-    assert running.wait(timeout=600) == 75
-    assert (tmp_path / "saved").exists()
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
-
-
-@pytest.mark.parametrize("code", [0, 2, 1])
-def test_the_slurm_script_requeues_nothing_else(job, tmp_path, code):
-    assert job(f"exit {code}").wait(timeout=600) == code
-    assert not (tmp_path / "scontrol.log").exists()
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} never came"
-        time.sleep(0.02)
 
 
 # --- troubleshooting -------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """What a run is made of: everything between a validated config and step 0, on every rank alike."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -14,8 +16,9 @@ from trainer import compute, distributed, hub, leaks, model_dir, model_fit, mode
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
-from trainer.feed import Feed, micro_rows
+from trainer.feed import Feed
 from trainer.metrics import Terminal
+from trainer.modes import micro_rows
 from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
@@ -34,6 +37,7 @@ class Parts:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
+    outline: torch.nn.Module  # the whole model on the meta device, however the ranks divide it
     left_out: Callable[[], list[str]] = list  # says which rows of a stream, as far as it was read, nothing learns from
 
     def samples(self, count: int) -> list[str]:
@@ -61,14 +65,10 @@ def build(config: RunConfig) -> Parts:
     if isinstance(config.tokenizer, PretrainedTokenizer) and config.tokenizer.path is not None:
         hub.check_reachable(config.tokenizer.path, "tokenizer.path")
     data = prepare_data(config)
-    objective, tokenizer, length = data.objective, data.tokenizer, config.batch.max_length
-    torch.manual_seed(config.run.seed)
-    model = models.build_model(
-        config.model, tokenizer, objective.head, objective.labels, problem_type=objective.problem_type
-    )
-    model_fit.check_length(model, tokenizer, length)
-    model = STRATEGIES[config.strategy.type](model, config.strategy).train()
-    without = [*tell_tied(model, config.strategy), *objective.try_out(model, length)]
+    objective, tokenizer = data.objective, data.tokenizer
+    model = plain_model(config, objective, tokenizer)
+    outline = outline_of(model)
+    without = [*tell_tied(model, config.strategy), *objective.try_out(model, config.batch.max_length)]
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
@@ -79,7 +79,26 @@ def build(config: RunConfig) -> Parts:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
     left_out = functools.partial(data.left_out, config) if data.splits.streaming else list
-    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, left_out)
+    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline, left_out)
+
+
+def plain_model(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """Return the model with its strategy as every run starts with it, the same each time, in no mode yet."""
+    torch.manual_seed(config.run.seed)
+    model = models.build_model(
+        config.model, tokenizer, objective.head, objective.labels, problem_type=objective.problem_type
+    )
+    model_fit.check_length(model, tokenizer, config.batch.max_length)
+    return STRATEGIES[config.strategy.type](model, config.strategy).train()
+
+
+def outline_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of the model on the meta device: its shapes, and what learns, without its numbers."""
+    instead: dict[int, Any] = {}
+    for parameter in model.parameters():
+        instead[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    instead |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, instead)
 
 
 def take_fingerprints(config: RunConfig, data: Data) -> dict[str, str]:
@@ -94,5 +113,5 @@ def describe(config: RunConfig, world: World, model: torch.nn.Module, data: Data
     """Return a line that says what is about to be trained."""
     return (
         f"{config.run.name}: {config.objective.type}, {config.strategy.type}: {tell_learning(model)}; "
-        f"{data.sizes(feed)}; {world.mode}, {world.size} process{'es' if world.size > 1 else ''}"
+        f"{data.sizes(feed)}; {world.name}, {world.size} process{'es' if world.size > 1 else ''}"
     )

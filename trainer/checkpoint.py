@@ -23,7 +23,7 @@ from serving import directory
 from serving.directory import DirectoryError, NewerFormat
 from trainer import shards
 from trainer.distributed import World
-from trainer.shards import Held
+from trainer.held import Held
 
 _PREFIX = "step-"
 _NAME = re.compile(r"step-\d{8}")

@@ -1,7 +1,7 @@
 """The world of a run, and the backward pass and optimizer step for every mode. Accelerate's launch config decides it.
 
 On a machine without CUDA each mode needs a word to get gloo: left alone, Accelerate starts independent worlds of one.
-So every run asserts world size and mode before step 0.
+So every run asserts world size and mode before step 0. What DeepSpeed and FSDP are told: trainer/zero.py and fsdp.py.
 """
 
 import math
@@ -9,13 +9,17 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, patch_environment
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from serving.directory import BadInput
+from trainer import fsdp, machines, modes, zero
 from trainer.config import RunConfig
 from trainer.guards import RunFailed
 
@@ -38,14 +42,24 @@ class NotFinite(RunFailed):
 class World:
     """This process's place among the ranks, and what they do together."""
 
-    def __init__(self, accelerator: Accelerator, precision: str = "fp32") -> None:
+    def __init__(self, accelerator: Accelerator, precision: str = "fp32", *, with_fsdp: bool = False) -> None:
         self.accelerator = accelerator
         self.precision = precision
         # With fp16 the loss is scaled up, so that small gradients do not vanish, as far as large ones allow.
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if precision == "fp16" else None
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
-        self.mode = _MODES[accelerator.distributed_type]
+        self.mode = "fsdp2" if with_fsdp else _MODES[accelerator.distributed_type]
         self.is_main = accelerator.is_main_process
+
+    @property
+    def name(self) -> str:
+        """The mode, and the stage where it has one: ddp, zero3 ..."""
+        return f"zero{self.zero_stage}" if self.mode == "deepspeed" else self.mode
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass gathers weights from the ranks, so that all of them must run it at the same time."""
+        return self.mode == "fsdp2" or self.zero_stage == 3
 
     @property
     def zero_stage(self) -> int:
@@ -84,45 +98,43 @@ class World:
 
 def start(config: RunConfig) -> World:
     """Join the world that the launcher made. Raises BadInput if it asks for what this config or machine has not."""
+    with_deepspeed, with_fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
     on_cpu = not torch.cuda.is_available()
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_launch_precision(config)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise BadInput("distributed_type: FSDP found in the launch config; accepted for now: MULTI_GPU, DEEPSPEED")
-    precision = config.precision.type
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed even where it is not used
     if with_deepspeed:
         # DeepSpeed 0.19 calls collectives by names that torch is giving up.
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-        _check_deepspeed(config)
-    # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
-    mixed = "bf16" if with_deepspeed and precision == "bf16" else "no"
-    if with_deepspeed and on_cpu:
-        _compile_nothing()
-        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    else:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
-    world = World(accelerator, precision)
+        modes.check(config, f"zero{zero.stage()}")
+        zero.check(config)
+    if with_fsdp:
+        modes.check(config, "fsdp2")
+        fsdp.check()
+    machines.refuse_lone_worlds()
+    machines.use_reachable_interface()
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # what is divided how is trainer/fsdp.py's
+        world = World(_join(config, on_cpu, with_deepspeed), config.precision.type, with_fsdp=with_fsdp)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     assert world.size == expected, f"the launcher started {expected} processes, but they form a world of {world.size}"
     assert with_deepspeed == (world.mode == "deepspeed"), f"DeepSpeed asked for: {with_deepspeed}; got {world.mode}"
-    if world.zero_stage > 2:
-        raise BadInput(f"zero_stage: {world.zero_stage} found in the launch config; accepted for now: 1, 2")
     return world
 
 
 def prepare(
     world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, *, micro_rows: int
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Return model and optimizer made ready for the mode. DeepSpeed's own values are derived here and nowhere else."""
+    """Return model and optimizer made ready for the mode. Raises BadInput for an offload that the machine lacks."""
     if world.mode == "deepspeed":
-        deepspeed_config = world.accelerator.state.deepspeed_plugin.deepspeed_config
-        accumulation = config.batch.rows // (micro_rows * world.size)
-        world.accelerator.gradient_accumulation_steps = accumulation
-        deepspeed_config["train_micro_batch_size_per_gpu"] = micro_rows
-        deepspeed_config["gradient_accumulation_steps"] = accumulation
-        deepspeed_config["gradient_clipping"] = config.optim.max_grad_norm
+        if zero.is_offloaded():
+            zero.check_space_for_offload(model, world_size=world.size)
+        settings = world.accelerator.state.deepspeed_plugin.deepspeed_config
+        world.accelerator.gradient_accumulation_steps = zero.derive(
+            settings, config, model, micro_rows=micro_rows, world_size=world.size
+        )
+    if world.mode == "fsdp2":
+        fsdp.shard(model, optimizer, world.accelerator.device, world.size)
+        return model, world.accelerator.prepare_optimizer(optimizer)
     return world.accelerator.prepare(model, optimizer)
 
 
@@ -159,13 +171,32 @@ def finish_step(
         return float(model.get_global_grad_norm())
     if world.scaler:
         world.scaler.unscale_(optimizer.optimizer)
-    norm = float(world.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    clipped = world.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     if math.isfinite(norm):
         optimizer.step()
     if world.scaler:
         world.scaler.update()
     optimizer.zero_grad()
     return norm
+
+
+def _join(config: RunConfig, on_cpu: bool, with_deepspeed: bool) -> Accelerator:
+    timeout = timedelta(seconds=config.run.timeout_s)
+    # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
+    mixed = "bf16" if with_deepspeed and config.precision.type == "bf16" else "no"
+    if not with_deepspeed:
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+    if on_cpu:
+        _compile_nothing()
+    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timeout)
+    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[backend])
+    unset_hf_deepspeed_config()  # or transformers divides each model that it makes, before a strategy has seen it
+    return accelerator
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def _compile_nothing() -> None:
@@ -182,15 +213,3 @@ def _check_launch_precision(config: RunConfig) -> None:
             f"mixed_precision: {launched!r} in the launch config, but precision.type is {config.precision.type!r}; "
             f"the run config owns precision: remove mixed_precision from the launch config"
         )
-
-
-def _check_deepspeed(config: RunConfig) -> None:
-    """Raise BadInput for what DeepSpeed's engine would do in its own way, or not at all."""
-    for key, found, accepted in (
-        ("optim.type", config.optim.type, "adamw"),
-        ("optim.on_non_finite", config.optim.on_non_finite, "stop"),
-    ):
-        if found != accepted:
-            raise BadInput(f"{key}: {found} found; accepted with DeepSpeed: {accepted}; use it, or --parallel ddp")
-    if config.precision.type == "fp16":
-        raise BadInput("precision.type: fp16 found; accepted with DeepSpeed: fp32, bf16; use one, or --parallel ddp")

@@ -23,6 +23,7 @@ def evaluate(
     """Return the objective's metrics over every rank's batches of `rows`, by default those held out.
 
     Only sums are kept. Runs the bare model: the wrapper of a mode may expect a backward pass after each forward pass.
+    Every rank runs as many forward passes as the others, since in some modes all of them gather weights for each.
     """
     bare = world.accelerator.unwrap_model(model)
     bare.eval()

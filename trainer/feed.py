@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from serving.directory import BadInput
 from trainer import order
 from trainer.config import RunConfig
+from trainer.modes import micro_rows
 from trainer.objectives import Objective
 from trainer.packing import Batch, Row
 from trainer.reading import Drawn, Reading, RowsReading
@@ -121,14 +121,3 @@ class Feed:
 
     def _collate(self, rows: list[Row], draws: list[int]) -> Batch:
         return self.objective.collate(rows, self.pad_id, draws)
-
-
-def micro_rows(config: RunConfig, world_size: int) -> int:
-    """Return the rows of one forward pass on one rank. Raises BadInput where the batch cannot be divided evenly."""
-    rows, micro = config.batch.rows, config.batch.micro_rows
-    if rows % world_size:
-        raise BadInput(f"batch.rows: {rows} rows cannot be shared by {world_size} processes; use a multiple of it")
-    share = rows // world_size
-    if micro is not None and share % micro:
-        raise BadInput(f"batch.micro_rows: {micro} does not divide the {share} rows of a process; use a divisor")
-    return micro or share

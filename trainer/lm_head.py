@@ -1,9 +1,10 @@
-"""The output head of a language model, held back: the model returns hidden states, and the loss does the head's work.
+"""The output head of a language model, given other work: it makes the loss of its input, and never all logits.
 
-The model itself is called, wrapped as it may be, so that hooks of DDP and of DeepSpeed see every pass.
+The model itself is called, wrapped as it may be, so that hooks of DDP, DeepSpeed and FSDP see every pass; and the work
+is done inside the head, where modes that divide the weights among the ranks have gathered its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +18,36 @@ from trainer.packing import Batch
 _CLOSE = 1e-4  # of the largest logit: more than rounding makes, less than any further step on the logits would
 
 
-@dataclass(frozen=True)
+Work = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
 class Head:
     linear: torch.nn.Linear
+    _work: Work | None = None
 
     def loss_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the summed cross-entropy, a scalar in fp32, of what the model returned while held back."""
+        """Return the summed cross-entropy, a scalar in fp32, of what the head is given."""
         return linear_cross_entropy_sum(hidden, self.linear.weight, self.linear.bias, targets)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the head makes of so much of what it is given."""
+        return F.linear(hidden, self.linear.weight, self.linear.bias)
+
     @contextmanager
-    def held_back(self) -> Iterator[None]:
-        """While open, the model returns as logits what its head was given."""
-        self.linear.forward = _hand_on
+    def doing(self, work: Work) -> Iterator[None]:
+        """While open, the model returns as logits what `work` makes of the input of its head."""
+        self._work, self.linear.forward = work, self._forward
         try:
             yield
         finally:
+            self._work = None
             del self.linear.forward
+
+    @torch.compiler.disable  # compiled, each batch would need code of its own
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._work is not None, "the head works only while `doing` is open"
+        return self._work(hidden)
 
 
 def find(model: torch.nn.Module, sample: Batch) -> Head | None:
@@ -49,7 +64,7 @@ def find(model: torch.nn.Module, sample: Batch) -> Head | None:
     watch = linear.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:
         logits = model(**sample).logits
-        with head.held_back():
+        with head.doing(lambda hidden: hidden):
             returned = model(**sample).logits
     except Exception:  # whatever a model raises, it wants logits of its head
         return None
@@ -60,7 +75,3 @@ def find(model: torch.nn.Module, sample: Batch) -> Head | None:
     expected = F.linear(given[0], linear.weight, linear.bias)
     is_same = expected.shape == logits.shape and bool((expected - logits).abs().max() <= _CLOSE * logits.abs().max())
     return head if is_same else None
-
-
-def _hand_on(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden

@@ -10,7 +10,6 @@ import torch
 
 from serving import directory
 from trainer import (
-    checkpoint,
     disk_space,
     distributed,
     early_stop,
@@ -33,6 +32,7 @@ from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
 from trainer.plan import Plan, make_plan
 from trainer.progress import finish, is_best, leave, save, save_before_model
+from trainer.resume import resume
 from trainer.skipped import step_or_skip
 from trainer.strategies import unfreeze
 
@@ -69,7 +69,7 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
         return leave(config, world, done, stop, log)
     if done.step == 0:
         done, _ = evaluate_and_log(config, parts, log, done, started)
-    with profile.window(config, is_main=world.is_main) as profiled:
+    with profile.window(config, log) as profiled:
         for step in range(done.step, config.run.steps):
             if reason := early_stop.reason(config.evaluation, done.scores, parts.objective.score[1]):
                 if log is not None:
@@ -122,28 +122,13 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
     return 0
 
 
-def resume(config: RunConfig, parts: Parts) -> Counters:
-    """Load the newest complete checkpoint, if there is one; return where the run stands."""
-    path, skipped = checkpoint.newest(config.run.folder / "checkpoints")
-    if parts.world.is_main:
-        for reason in skipped:
-            Terminal.say_once(f"checkpoint skipped: {reason}")
-    if path is None:
-        return Counters()
-    if parts.world.is_main:
-        Terminal.say_once(f"going on from {path}")
-    done = checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
-    parts.feed.go_on_after(done.step, done.feed)
-    return done
-
-
 def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
-    """Return how much memory a rank needs; say so where it may be more than there is. None under DeepSpeed.
+    """Return how much memory a rank needs; say so where it may be more than there is. None where ranks divide it.
 
     Raises OutOfMemory where it certainly is.
     """
-    if parts.world.mode == "deepspeed":
-        return None  # its engine divides gradients and moments among the ranks
+    if parts.world.mode in ("deepspeed", "fsdp2"):
+        return None
     model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
     row = to_device(parts.world, parts.feed.longest(1))
     with torch.compiler.set_stance("force_eager"):  # a few tokens, that no code is worth making for
@@ -156,7 +141,7 @@ def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | 
 
 def check_disk(config: RunConfig, parts: Parts) -> None:
     """Say so where the disk may have no room for what the run will write. Raises BadInput where the model has none."""
-    if warning := disk_space.check(config, parts.world.accelerator.unwrap_model(parts.model)):
+    if warning := disk_space.check(config, parts.outline):
         Terminal.say_once(warning)
 
 
@@ -172,9 +157,12 @@ def rehearse(parts: Parts) -> None:
 
 
 def count_flops(parts: Parts) -> float | None:
-    """Return how much arithmetic a token takes; None under DeepSpeed, where each backward pass is part of a step."""
+    """Return how much arithmetic a token takes, on the main rank alone.
+
+    None under DeepSpeed, where each backward pass is part of a step, and where no rank can run the model alone.
+    """
     world = parts.world
-    if world.mode == "deepspeed":
+    if world.mode == "deepspeed" or world.lockstep:
         return None
     row = to_device(world, parts.feed.longest(1))
     return flops_per_token(world.accelerator.unwrap_model(parts.model), parts.objective, row, world.autocast)
@@ -228,7 +216,9 @@ def evaluate_and_log(
             raise NotFinite(f"step {step}: the held-out {name} is {value}; {mend}", step=step)
     if log is not None:
         log.evaluation(step, metrics, time.perf_counter() - started)
-        for line in samples.write(config, parts, step) if config.evaluation.samples else ():
-            log.say(line)
+    if config.evaluation.samples and (log is not None or parts.world.lockstep):
+        for line in samples.write(config, parts, step):
+            if log is not None:
+                log.say(line)
     scores = {**done.scores, str(step): metrics[parts.objective.score[0]]} if step else {}
     return replace(done, scores=scores), metrics

@@ -24,7 +24,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.config import RunConfig
-from trainer.feed import micro_rows
+from trainer.modes import micro_rows
 from trainer.objectives import Objective
 from trainer.optim import state_numel
 from trainer.packing import Batch, repeated

@@ -8,16 +8,18 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.guards import writing
+from trainer.metrics import RunLog
 
 
 @contextmanager
-def window(config: RunConfig, *, is_main: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call before each 0-based step: the steps of the config's window are recorded, on one rank.
+def window(config: RunConfig, log: RunLog | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call before each 0-based step: the config's window is recorded, on the rank with a log.
 
-    The trace lies in `profile/` of the run folder, under the steps that are in it: fewer where the run ends before.
+    The trace lies in `profile/` of the run folder, under the steps that are in it: fewer where the run ends before. The
+    log says where.
     """
     first = config.log.profile_from
-    if first is None or not is_main:
+    if first is None or log is None:
         yield lambda step: None
         return
     last = first + config.log.profile_steps - 1
@@ -28,15 +30,15 @@ def window(config: RunConfig, *, is_main: bool) -> Iterator[Callable[[int], None
             running.append(torch.profiler.profile(profile_memory=True))
             running[0].start()
         if step == last:
-            _end(running, config.run.folder, f"steps-{first}-{last}.json")
+            _end(running, log, config.run.folder, f"steps-{first}-{last}.json")
 
     try:
         yield before
     finally:
-        _end(running, config.run.folder, f"steps-{first}-{min(last, config.run.steps)}.json")
+        _end(running, log, config.run.folder, f"steps-{first}-{min(last, config.run.steps)}.json")
 
 
-def _end(running: list[torch.profiler.profile], folder: Path, name: str) -> None:
+def _end(running: list[torch.profiler.profile], log: RunLog, folder: Path, name: str) -> None:
     if not running:
         return
     profiler = running.pop()
@@ -45,3 +47,4 @@ def _end(running: list[torch.profiler.profile], folder: Path, name: str) -> None
     with writing(f"{path}: the trace", folder):
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
+    log.say(f"profile: {path}, for chrome://tracing or https://ui.perfetto.dev")

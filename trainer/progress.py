@@ -4,8 +4,10 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
-from trainer import checkpoint, disk_space, early_stop, model_dir, run_folder
-from trainer.build import Parts
+import torch
+
+from trainer import checkpoint, disk_space, early_stop, model_dir, run_folder, shards
+from trainer.build import Parts, plain_model
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -62,7 +64,7 @@ def save_before_model(config: RunConfig, parts: Parts, done: Counters) -> None:
     The model is what the run is for: where the disk has no room for both, it goes without.
     """
     world = parts.world
-    has_room = world.is_main and disk_space.has_room_for_one_more(config, world.accelerator.unwrap_model(parts.model))
+    has_room = world.is_main and disk_space.has_room_for_one_more(config, parts.outline)
     if not world.any(has_room):
         return
     try:
@@ -90,11 +92,12 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) ->
     step, metrics = go_back_to_best(config, parts, done, metrics)
     test = parts.feed.test
     tested = evaluate(world, parts.model, parts.objective, parts.feed, test) if len(test) else Metrics()
+    counts = count_parameters(parts.outline)
+    model = whole_model(config, parts)
     if world.is_main:
         for line in parts.left_out():
             Terminal.say_once(line)
-        model = world.accelerator.unwrap_model(parts.model)
-        counts = count_parameters(model)  # before a LoRA is merged
+    if model is not None:
         with writing(f"{folder / 'model'}: the model", folder):
             model_dir.save_model(
                 folder / "model", model, parts.tokenizer, config,
@@ -109,6 +112,23 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) ->
     if world.is_main and config.checkpoint.every is None:
         for each in {done.step, step}:
             shutil.rmtree(checkpoint.step_folder(folder / "checkpoints", each), ignore_errors=True)
+
+
+def whole_model(config: RunConfig, parts: Parts) -> torch.nn.Module | None:
+    """Return the model as one process has it, on the main rank; None on the others. All ranks must ask.
+
+    Where the ranks divide it, or DeepSpeed computes with copies, it is built again, and what learned is put into it.
+    """
+    world = parts.world
+    if world.mode in ("single", "ddp"):
+        return world.accelerator.unwrap_model(parts.model) if world.is_main else None
+    model = plain_model(config, parts.objective, parts.tokenizer) if world.is_main else None
+    places = dict([*model.named_parameters(), *model.named_buffers()]) if model is not None else {}
+    with torch.no_grad():
+        for name, weight in shards.whole_weights(world, parts.model, parts.optimizer):
+            if model is not None:
+                places[name].copy_(weight)
+    return model
 
 
 def write_status(config: RunConfig, world: World, state: str, code: int | None, step: int, reason: str = "") -> None:

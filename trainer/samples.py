@@ -17,9 +17,10 @@ _LONGEST_PROMPT = 32  # tokens, of a text that is learned from its start
 
 
 def write(config: RunConfig, parts: Parts, step: int) -> Iterator[str]:
-    """Write what the model says after `step` steps, and yield it, a line each. Only the main rank does.
+    """Write what the model says after `step` steps, and yield it, a line each. Only the main rank writes.
 
-    What a killed run had written at this step or later is written again.
+    Where no rank can run the model alone, all of them must go through the lines. What a killed run had written at this
+    step or later is written again.
     """
     wanted = config.evaluation
     examples = itertools.islice(itertools.chain.from_iterable(parts.feed.held_out), wanted.samples)
@@ -32,6 +33,8 @@ def write(config: RunConfig, parts: Parts, step: int) -> Iterator[str]:
             new.append({"kind": "sample", "step": step, "prompt": tokenizer.decode(ids), "text": text})
             yield f"step {step}: {_brief(new[-1]['prompt'])} -> {text!r}"
     model.train()
+    if not parts.world.is_main:
+        return
     path = config.run.folder / "samples.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [entry for entry in map(parse_metric, lines) if entry and entry["step"] < step]
@@ -55,8 +58,8 @@ def continued(model: torch.nn.Module, ids: list[int], max_tokens: int, end_id: i
     found: list[int] = []
     while len(found) < max_tokens and len(ids) + len(found) < context:
         inputs = torch.tensor([ids + found], device=next(model.parameters()).device)
-        # Not through __call__: a compiled model would be compiled again for each length.
-        found.append(int(model.forward(input_ids=inputs, use_cache=False).logits[0, -1].argmax()))
+        with torch.compiler.set_stance("force_eager"):  # or a compiled model is compiled again for each length
+            found.append(int(model(input_ids=inputs, use_cache=False).logits[0, -1].argmax()))
         if found[-1] == end_id:
             break
     return found

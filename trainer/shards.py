@@ -2,36 +2,21 @@
 
 A weight's state is what its optimizer keeps for it: tensors of its shape lie beside it, others (Adafactor's rows and
 columns) under a name of their own, and a count of the steps that it has taken: weights may join a run late.
-
-The one file that touches private names of DeepSpeed (0.19): `_hp_mapping`, `_hp_optimizer_states_linked`,
-`_lazy_init_hp_params_optimizer_state`, `single_partition_of_fp32_groups`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
+import torch.distributed
+from torch.distributed.tensor import DTensor, Shard
 
+from trainer import fsdp
 from trainer.distributed import World
+from trainer.held import Held
 from trainer.optim import State, initial_state
 
 FACTOR = "factor"
-
-
-@dataclass(frozen=True)
-class Held:
-    """This rank's part [start, stop) of one flattened tensor: views, by role.
-
-    Roles: weight and what the optimizer keeps in its shape (exp_avg, momentum_buffer ...), or buffer, or factor.
-    """
-
-    name: str
-    shape: list[int]
-    start: int
-    stop: int
-    views: dict[str, torch.Tensor]
-    replicated: bool  # every rank holds the same whole tensor
-
 
 Layout = dict[str, tuple[list[int], list[str]]]
 
@@ -40,9 +25,10 @@ def layout(world: World, model: torch.nn.Module, optimizer: torch.optim.Optimize
     """Return the shape and roles of every tensor that the ranks hold together once each weight has taken a step."""
     inner, found = _inner(world, optimizer), Layout()
     for name, parameter in _learning(world, model, optimizer).items():
-        state = initial_state(inner, torch.empty_like(parameter, device="meta"))
-        beside, apart = _by_shape(parameter, state)
-        found[name] = list(parameter.shape), sorted(["weight", *beside])
+        shape = _shape_of(world, parameter)
+        whole = torch.empty(shape, dtype=parameter.dtype, device="meta")
+        beside, apart = _by_shape(whole, initial_state(inner, whole))
+        found[name] = list(shape), sorted(["weight", *beside])
         found |= {f"{name}.{key}": (list(factor.shape), [FACTOR]) for key, factor in apart.items()}
     buffers = _buffers(world, model)
     return found | {name: (list(buffer.shape), ["buffer"]) for name, buffer in buffers.items()}
@@ -54,11 +40,40 @@ def held_by_rank(world: World, model: torch.nn.Module, optimizer: torch.optim.Op
     A weight that took no step yet comes alone. Frozen weights are not listed: they come from the base model.
     """
     learning = _learning(world, model, optimizer)
-    weights = _zero_weights if world.mode == "deepspeed" else _plain_weights
-    return weights(learning, optimizer) + [
+    if world.mode == "deepspeed":
+        from trainer import zero_shards
+
+        weights = zero_shards.held(optimizer.optimizer, learning, rank=world.rank)
+    else:
+        weights = _plain_weights(learning, optimizer)
+    return weights + [
         Held(name, list(buffer.shape), 0, buffer.numel(), {"buffer": buffer.view(-1)}, replicated=True)
         for name, buffer in _buffers(world, model).items()
     ]
+
+
+def whole_weights(
+    world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each weight that learns, and each persistent buffer, whole and in fp32: on the CPU of the main rank, bit
+    for bit what the ranks hold of it together. One at a time; every rank must go through all of them.
+    """
+    parts = {part.name: part for part in held_by_rank(world, model, optimizer)}
+    for name, (shape, roles) in layout(world, model, optimizer).items():
+        if roles == [FACTOR]:
+            continue
+        part = parts.get(name)
+        role = "buffer" if roles == ["buffer"] else "weight"
+        if part is not None and part.replicated:
+            yield name, part.views[role].detach().cpu().view(shape)
+            continue
+        # As whole numbers: what another rank has not is 0, and adding that leaves the bits as they are (-0.0 too).
+        bits = torch.zeros(math.prod(shape), dtype=torch.int32, device=world.accelerator.device)
+        if part is not None:
+            bits[part.start : part.stop].copy_(part.views[role].detach().contiguous().view(torch.int32))
+        if world.size > 1:
+            torch.distributed.reduce(bits, 0)
+        yield name, bits.cpu().view(torch.float32).view(shape)
 
 
 def steps_taken(world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -76,7 +91,9 @@ def begin(world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     """Make the optimizer keep zeros for each weight in `steps`, which has taken so many, and nothing for the others."""
     inner = _inner(world, optimizer)
     if world.mode == "deepspeed":
-        _link_zero_state(optimizer.optimizer)
+        from trainer import zero_shards
+
+        zero_shards.link(optimizer.optimizer)
         for state in inner.state.values():
             state["step"].fill_(float(max(steps.values(), default=0)))
         return
@@ -91,12 +108,17 @@ def begin(world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 def refresh_weights(world: World, optimizer: torch.optim.Optimizer) -> None:
     """After writing into the views: let the forward pass use the new weights (ZeRO keeps a second copy)."""
     if world.mode == "deepspeed":
-        optimizer.optimizer.update_lp_params()
+        from trainer import zero_shards
+
+        zero_shards.refresh_weights(optimizer.optimizer)
 
 
 def _learning(world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
     """The weights that learn, now or in a later stage, a shared one once: those that the optimizer was given."""
-    named = world.accelerator.unwrap_model(model).named_parameters()
+    plain = world.accelerator.unwrap_model(model)
+    if world.mode == "fsdp2":
+        fsdp.release(plain)  # or copies of whole weights stand where the optimizer's parts are looked for
+    named = plain.named_parameters()
     if world.mode == "deepspeed":  # its optimizer was given flat copies
         return {name: parameter for name, parameter in named if parameter.requires_grad}
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -115,6 +137,14 @@ def _inner(world: World, optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
     return optimizer.optimizer.optimizer if world.mode == "deepspeed" else optimizer.optimizer
 
 
+def _shape_of(world: World, parameter: torch.nn.Parameter) -> torch.Size:
+    if world.mode != "deepspeed":
+        return parameter.shape
+    from trainer import zero_shards
+
+    return zero_shards.shape_of(parameter)
+
+
 def _by_shape(parameter: torch.Tensor, state: State) -> tuple[State, State]:
     """What is kept for a weight in its own shape, and what in others; not its count of steps."""
     kept = {key: tensor for key, tensor in state.items() if key != "step" and tensor is not None}
@@ -126,8 +156,12 @@ def _plain_weights(parameters: dict[str, torch.nn.Parameter], optimizer: torch.o
     held = []
     for name, parameter in parameters.items():
         beside, apart = _by_shape(parameter, optimizer.optimizer.state.get(parameter) or {})
-        views = {key: tensor.detach().view(-1) for key, tensor in {"weight": parameter, **beside}.items()}
-        held.append(Held(name, list(parameter.shape), 0, parameter.numel(), views, replicated=True))
+        start, stop = _range(parameter)
+        views = {key: _local(tensor.detach()).view(-1) for key, tensor in {"weight": parameter, **beside}.items()}
+        assert all(view.numel() == stop - start for view in views.values()), f"{name}: not rows [{start}, {stop})"
+        replicated = not isinstance(parameter, DTensor)
+        if start < stop:
+            held.append(Held(name, list(parameter.shape), start, stop, views, replicated=replicated))
         held += [
             Held(f"{name}.{key}", list(factor.shape), 0, factor.numel(), {FACTOR: factor.view(-1)}, replicated=True)
             for key, factor in apart.items()
@@ -135,31 +169,17 @@ def _plain_weights(parameters: dict[str, torch.nn.Parameter], optimizer: torch.o
     return held
 
 
-def _zero_weights(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Held]:
-    zero = optimizer.optimizer  # DeepSpeedZeroOptimizer, stages 1 and 2
-    moments = _link_zero_state(zero)
-    held = []
-    for name, parameter in parameters.items():
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            continue  # another rank holds all of it
-        address = mapping.lp_fragment_address
-        views = {"weight": mapping.get_hp_fragment(), **{key: mapping.get_hp_fragment(key) for key in moments}}
-        start, stop = address.start, address.start + address.numel
-        assert stop <= math.prod(parameter.shape), f"{name}: fragment [{start}, {stop}) of {list(parameter.shape)}"
-        held.append(Held(name, list(parameter.shape), start, stop, views, replicated=False))
-    return held
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _link_zero_state(zero) -> list[str]:
-    """Create (zeros) what the optimizer keeps, where no step was made yet; return its names but for the count."""
-    keys: list[str] = []
-    for flat in zero.single_partition_of_fp32_groups:
-        fresh = initial_state(zero.optimizer, flat)
-        keys = [key for key in fresh if key != "step"]
-        if not zero.optimizer.state[flat]:
-            zero.optimizer.state[flat] = fresh
-    # Linking happens once, during the first group's step, when later groups have no state yet: link again.
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
-    return keys
+def _range(parameter: torch.Tensor) -> tuple[int, int]:
+    """What this rank has of the flattened weight: all, or under FSDP2 some of its rows, as many as others or fewer."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.numel()
+    mesh = parameter.device_mesh
+    assert tuple(parameter.placements) == (Shard(0),), f"divided otherwise than by rows: {parameter.placements}"
+    rows, row = parameter.shape[0], parameter.shape[1:].numel()
+    share = -(-rows // mesh.size())
+    first = min(mesh.get_local_rank() * share, rows)
+    return first * row, min(first + share, rows) * row

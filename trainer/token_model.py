@@ -1,4 +1,4 @@
-"""How a model over tokens is run: documents end to end, layers lean, the head held back, where that changes nothing.
+"""How a model over tokens is run: documents end to end, layers lean, the loss in its head, where that changes nothing.
 
 Which models can do so is not a list of names: it is tried out on the model itself, before step 0.
 """
@@ -47,11 +47,11 @@ class TokenModel:
 
     def loss_sum(self, model: torch.nn.Module, inputs: Batch, targets: torch.Tensor) -> torch.Tensor:
         """Run the model, wrapped or not; return the summed cross-entropy of `targets`, a scalar in fp32."""
-        if self.head is None:
+        head = self.head
+        if head is None:
             return cross_entropy_sum(model(**inputs).logits, targets)
-        with self.head.held_back():
-            hidden = model(**inputs).logits
-        return self.head.loss_sum(hidden, targets)
+        with head.doing(lambda hidden: head.loss_sum(hidden, targets)):
+            return model(**inputs).logits
 
 
 def tried_out(model: torch.nn.Module, max_length: int) -> TokenModel:

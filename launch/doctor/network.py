@@ -1,10 +1,8 @@
 """Names, addresses, speed and reach of the network. Being offline is never a problem: Trivet works without the hub."""
 
-import fcntl
 import os
 import shlex
 import socket
-import struct
 import threading
 import time
 import urllib.error
@@ -13,12 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launch.doctor.findings import Finding
+from trainer.machines import addresses
 
 CONNECT_TIMEOUT_S = 4.0
 LOOPBACK_BYTES = 128 * 1024**2
 LOOPBACK_LIMIT_S = 1.0
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 _CHUNK_BYTES = 1024**2
 
 
@@ -45,19 +43,6 @@ def host_name() -> list[Finding]:
         found = f"{found}: fine on one machine; on several, ranks announce an address that reaches only themselves"
         return [Finding("host name", found, "note", f"export GLOO_SOCKET_IFNAME={_way_out() or interfaces[0]}")]
     return [Finding("host name", found)]
-
-
-def addresses() -> dict[str, str]:
-    """Return interface -> IPv4 address, of those that have one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # it has no IPv4 address
-                continue
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return found
 
 
 def _way_out(routes: Path = Path("/proc/net/route")) -> str | None:

@@ -26,7 +26,7 @@ def test_a_folder_with_a_different_run_says_which_keys_differ_and_how(refused, o
         "run.name: runs/tiny holds a different run (optim.lr 0.0003 there, 0.002 here; run.seed 0 there, 7 here); "
         "choose another run.name, or remove that folder; of a run that goes on may differ: run.steps, checkpoint.*, "
         "evaluation.*, log.*, batch.micro_rows, batch.activation_checkpointing, batch.compile, optim.on_non_finite, "
-        "optim.max_skipped_steps, model.made_by"
+        "optim.max_skipped_steps, model.made_by, run.timeout_s"
     )
 
 

@@ -1,6 +1,7 @@
 """Activations computed again, and compiled code: the same numbers in another way."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -107,6 +108,20 @@ def test_a_compiled_run_takes_the_same_steps(make_config, train_child, train, re
         for each in (plain, compiled)
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_killed_goes_on_bit_for_bit(make_config, train_child, read_lines):
+    settings = {"evaluation": {"every": 3, "max_rows": 4}, "checkpoint": {"every": 3}, "batch": {"compile": True}}
+    whole, killed = (make_config(run={"name": name}, **settings) for name in ("whole", "killed"))
+    code, output = train_child(whole, timeout_s=600)
+    assert code == 0, output
+    code, output = train_child(killed, step=5, act="os.kill(os.getpid(), signal.SIGKILL)", timeout_s=600)
+    assert code == -signal.SIGKILL, output
+    code, output = train_child(killed, timeout_s=600)
+    assert code == 0, output
+    assert "step-00000003" in output
+    assert read_lines(killed) == read_lines(whole)
 
 
 def test_a_compiled_model_runs_compiled_code_in_steps_and_none_in_the_plan(make_config, monkeypatch):

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 
 from launch import config_file, verify_runs, verify_training
 from launch.verify_runs import Runs
-from trainer import exactness, loop, model_dir, strategies, token_model
+from trainer import checkpoint, exactness, loop, model_dir, strategies, token_model
 from trainer.feed import Feed
 from trainer.metrics import RunLog
 from trainer.objectives import OBJECTIVES
@@ -100,7 +100,7 @@ def test_a_resume_that_forgets_the_optimizer_is_seen(runs, wrap):
             state["exp_avg"].zero_()
         return done
 
-    wrap(loop.checkpoint, "load", forget)
+    wrap(checkpoint, "load", forget)
     check = verify_training.resume(runs())
     assert failed(check)
     assert "of step 3" in check.note or "of step 4" in check.note

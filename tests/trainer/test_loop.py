@@ -341,7 +341,7 @@ def test_the_memory_plan_runs_its_row_on_the_device_of_the_run(make_config, monk
 def test_a_batch_that_cannot_be_divided_is_refused(make_config):
     with pytest.raises(BadInput, match=r"batch\.micro_rows: 3 does not divide the 4 rows"):
         build.build(make_config(batch={"micro_rows": 3}))
-    from trainer.feed import micro_rows
+    from trainer.modes import micro_rows
 
     with pytest.raises(BadInput, match=r"batch\.rows: 4 rows cannot be shared by 3 processes"):
         micro_rows(make_config(), 3)

@@ -95,13 +95,13 @@ def test_a_second_backward_pass_is_refused_rather_than_wrong():
         ("bert", {}),  # a transform before the head, whose weight is tied and whose bias is not
     ],
 )
-def test_a_held_back_head_gives_the_loss_and_gradients_of_the_models_own_logits(kind, settings):
+def test_the_loss_inside_the_head_and_its_gradients_are_those_of_the_models_own_logits(kind, settings):
     model = model_of(kind, settings, AutoModelForMaskedLM) if kind == "bert" else model_of(kind, settings)
     ids, targets = torch.randint(5, 300, (1, 20)), torch.randint(5, 300, (1, 20))
     head = lm_head.find(model, {"input_ids": ids})
-    with head.held_back():
-        hidden = model(input_ids=ids).logits
-    loss, expected = head.loss_sum(hidden, targets), cross_entropy_sum(model(input_ids=ids).logits, targets)
+    with head.doing(lambda hidden: head.loss_sum(hidden, targets)):
+        loss = model(input_ids=ids).logits
+    expected = cross_entropy_sum(model(input_ids=ids).logits, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     learning = list(model.parameters())
     ours, references = (torch.autograd.grad(each, learning, allow_unused=True) for each in (loss, expected))
@@ -122,7 +122,7 @@ def test_a_model_that_changes_its_logits_after_the_head_keeps_its_head(kind, set
     assert lm_head.find(model_of(kind, settings), {"input_ids": torch.randint(5, 300, (1, 9))}) is None
 
 
-def test_lora_on_the_layers_leaves_the_head_to_hold_back_and_lora_on_the_head_does_not():
+def test_lora_on_the_layers_leaves_the_head_to_do_the_loss_and_lora_on_the_head_does_not():
     sample = {"input_ids": torch.randint(5, 300, (1, 9))}
     around = get_peft_model(model_of("llama", GQA), LoraConfig(target_modules=["q_proj"])).eval()
     assert lm_head.find(around, sample) is not None
@@ -130,12 +130,12 @@ def test_lora_on_the_layers_leaves_the_head_to_hold_back_and_lora_on_the_head_do
     assert lm_head.find(inside, sample) is None
 
 
-def test_a_head_is_only_held_back_while_it_is_asked_for():
+def test_a_head_does_other_work_only_while_it_is_asked_for():
     model = model_of("llama", GQA)
     ids, names = torch.randint(5, 300, (1, 9)), set(model.state_dict())
     logits = model(input_ids=ids).logits
     head = lm_head.find(model, {"input_ids": ids})
-    with pytest.raises(ZeroDivisionError), head.held_back():
+    with pytest.raises(ZeroDivisionError), head.doing(lambda hidden: hidden):
         1 / 0  # noqa: B018
     assert torch.equal(model(input_ids=ids).logits, logits)
     assert set(model.state_dict()) == names

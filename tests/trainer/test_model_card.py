@@ -33,6 +33,9 @@ CASES = {
     "adapter": {"type": "classification"},
 }
 EXPORTED = ("causal_lm", "sft", "classification")
+# A fresh process takes 10 s to import transformers: of cards that hardly differ one is asked each time.
+ASKED_EACH_TIME = ("causal_lm", "pairs", "token_classification")
+ASKED = [case if case in ASKED_EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 def row(case: str, random: Random) -> dict:
@@ -97,7 +100,7 @@ def answer(folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ASKED)
 def test_the_python_of_the_card_runs_in_a_fresh_process(trained, case):
     lines = answer(trained(case) / "model")
     labels = directory.read_manifest(trained(case) / "model", "model")["labels"]
@@ -118,7 +121,9 @@ def numbers(lines: list[str]) -> torch.Tensor:
     return torch.tensor([float(line.rpartition(" ")[2]) for line in lines])
 
 
-@pytest.mark.parametrize("case", ["pairs", "pairs-of-a-decoder", "adapter"])
+@pytest.mark.parametrize(
+    "case", ["pairs", *(pytest.param(case, marks=pytest.mark.slow) for case in ("pairs-of-a-decoder", "adapter"))]
+)
 def test_what_it_prints_is_what_the_model_gives_for_the_tokens_of_training(trained, case):
     from transformers import AutoTokenizer
 

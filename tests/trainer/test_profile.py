@@ -10,7 +10,7 @@ def trace_names(path) -> set[str]:
     return {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
 
 
-def test_the_steps_of_the_window_are_in_the_trace_and_the_run_is_the_same(make_config, train, read_lines):
+def test_the_steps_of_the_window_are_in_the_trace_and_the_run_is_the_same(make_config, train, read_lines, capsys):
     plain, profiled = (
         make_config(run={"name": name}, log=log)
         for name, log in (("plain", {}), ("profiled", {"profile_from": 3, "profile_steps": 2}))
@@ -18,6 +18,7 @@ def test_the_steps_of_the_window_are_in_the_trace_and_the_run_is_the_same(make_c
     for config in (plain, profiled):
         assert train(config) == 0
     [trace] = (profiled.run.folder / "profile").iterdir()
+    assert f"profile: {trace}, for chrome://tracing" in capsys.readouterr().err
     assert trace.name == "steps-3-4.json"
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2

@@ -246,10 +246,10 @@ def test_fp16_resumes_with_its_scale_bit_for_bit(make_config, train, monkeypatch
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"optim": {"type": "sgd"}}, r"optim\.type: sgd found; accepted with DeepSpeed: adamw"),
+        ({"optim": {"type": "sgd"}}, r"optim\.type: sgd found; accepted with zero2: adamw"),
         ({"optim": {"type": "adafactor"}}, r"optim\.type: adafactor found"),
-        ({"optim": SKIP}, r"optim\.on_non_finite: skip found; accepted with DeepSpeed: stop"),
-        ({"precision": {"type": "fp16"}}, r"precision\.type: fp16 found; accepted with DeepSpeed: fp32, bf16"),
+        ({"optim": SKIP}, r"optim\.on_non_finite: skip found; accepted with zero2: stop"),
+        ({"precision": {"type": "fp16"}}, r"precision\.type: fp16 found; accepted with zero2: fp32, bf16"),
     ],
 )
 def test_what_deepspeed_would_do_in_its_own_way_is_refused(make_config, monkeypatch, change, said):

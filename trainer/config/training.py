@@ -13,6 +13,7 @@ class Run(Section):
     dir: Path = Field(Path("runs"), description="Folder that holds run folders, relative to where you stand.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seeds initial weights, data order and dropout.")
     steps: int = Field(ge=1, description="Optimizer steps in all, those before a resume included.")
+    timeout_s: int = Field(600, ge=1, description="Seconds that a process waits for the others before it gives up.")
 
     @property
     def folder(self) -> Path:
@@ -86,6 +87,15 @@ class Checkpoint(Section):
         False,
         description="Also keep that of the best evaluation after step 0, and write the model from it; needs "
         "evaluation.every.",
+    )
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: go on from the newest checkpoint of the run, if it has one; never: from step 0; else the "
+        "folder of the checkpoint to go on from.",
+    )
+    reshard: bool = Field(
+        False, description="Also go on from a checkpoint of another parallel mode or number of processes."
     )
 
 

@@ -1,7 +1,7 @@
 """Masked language modelling: hidden tokens are predicted from those on both sides (BERT, arXiv:1810.04805)."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,12 @@ class MaskedLMObjective(Objective):
         count = (targets != IGNORED).sum()
         if model.training:
             return {"loss": self.token_model.loss_sum(model, inputs, targets), "count": count}
-        loss, right = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
-        for logits, gold in self._logits(model, inputs, targets):
-            loss = loss + F.cross_entropy(logits.float(), gold, reduction="sum")
-            right += (logits.argmax(-1) == gold).sum()
+        head = self.token_model.head
+        if head is None:
+            loss, right = _scored(model(**inputs).logits, targets)
+        else:
+            with head.doing(lambda hidden: _scored(hidden, targets, head.logits)):
+                loss, right = model(**inputs).logits
         return {"loss": loss, "count": count, "right": right}
 
     def summarize(self, totals: Totals) -> dict[str, float]:
@@ -139,18 +141,18 @@ class MaskedLMObjective(Objective):
         pieces = zip(np.split(input_ids, ends), np.split(targets, ends), strict=True)
         return [Example(ids, wanted) for ids, wanted in pieces]
 
-    def _logits(
-        self, model: torch.nn.Module, inputs: Batch, targets: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The logits of the masked tokens and what they are, in chunks."""
-        masked, head = targets != IGNORED, self.token_model.head
-        if head is None:
-            outputs = model(**inputs).logits[masked]
-        else:
-            with head.held_back():
-                outputs = model(**inputs).logits[masked]
-        for chunk, gold in zip(outputs.split(_CHUNK), targets[masked].split(_CHUNK), strict=True):
-            yield chunk if head is None else F.linear(chunk, head.linear.weight, head.linear.bias), gold
+
+def _scored(
+    outputs: torch.Tensor, targets: torch.Tensor, to_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the summed loss of the masked tokens and how many answers are right, from logits or what gives them."""
+    masked = targets != IGNORED
+    loss, right = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
+    for chunk, gold in zip(outputs[masked].split(_CHUNK), targets[masked].split(_CHUNK), strict=True):
+        logits = chunk if to_logits is None else to_logits(chunk)
+        loss = loss + F.cross_entropy(logits.float(), gold, reduction="sum")
+        right += (logits.argmax(-1) == gold).sum()
+    return torch.stack([loss, right])
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

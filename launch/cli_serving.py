@@ -1,0 +1,100 @@
+"""The commands from a trained model to answers: export, proof, decoding, serving."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import politeness
+from launch.disk_errors import naming
+from launch.onnxruntime_wheels import refuse_wheel_clash
+
+app = typer.Typer()
+
+OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A directory made by `trivet export`.")]
+Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR|RUN|SWEEP", help="What to export.")],
+    onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
+) -> None:
+    """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
+    refuse_wheel_clash()
+    politeness.check_hub_address()
+    from launch.export import export
+
+    with naming(onnx_dir):
+        raise typer.Exit(export(model, onnx_dir))
+
+
+@app.command()
+def verify(onnx_dir: OnnxArgument, provider: Provider = "cpu") -> None:
+    """Prove an ONNX directory again, on this machine and provider, without torch."""
+    refuse_wheel_clash()
+    from launch.export import verify_again
+
+    with naming(onnx_dir):
+        raise typer.Exit(verify_again(onnx_dir, provider))
+
+
+@app.command()
+def generate(
+    onnx_dir: OnnxArgument,
+    prompt: Annotated[str | None, typer.Option(help="One prompt; a chat model gets it as the user's turn.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL rows with `prompt` or `messages`, and an `id`.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts to a chat model as plain text.")] = False,
+    slots: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
+    provider: Provider = "cpu",
+) -> None:
+    """Generate text, one prompt or a file of them."""
+    refuse_wheel_clash()
+    from launch.generate import generate
+    from serving.request import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    with naming(output or Path("standard output")):
+        code = generate(
+            onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
+def predict(
+    onnx_dir: OnnxArgument,
+    text: Annotated[str | None, typer.Option(help="One text to classify.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL rows with `text`, and an `id`.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
+    provider: Provider = "cpu",
+) -> None:
+    """Tell the label of a text with its score, or of each row of a file."""
+    refuse_wheel_clash()
+    from launch.predict import predict
+
+    with naming(output or Path("standard output")):
+        raise typer.Exit(predict(onnx_dir, text, input, output, provider=provider))
+
+
+@app.command()
+def serve(
+    onnx_dir: OnnxArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(help="Requests decoded at a time.")] = 8,
+    api_key_file: Annotated[Path | None, typer.Option(help="Accepted API keys, one a line.")] = None,
+    provider: Provider = "cpu",
+) -> None:
+    """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
+    refuse_wheel_clash()
+    from launch.api_keys import read_keys
+    from serving.server import serve
+
+    serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)
