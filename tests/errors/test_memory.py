@@ -109,12 +109,12 @@ def test_a_file_that_finds_no_memory_is_not_blamed_on_the_disk(trivet, work, err
 @pytest.mark.slow
 def test_an_allocator_that_has_no_more_ends_the_run_before_step_0_and_its_advice_runs(command, work, error_of):
     """The address space is limited, so that malloc itself says no: in the rehearsal of the longest batch."""
-    batch = ["batch.rows=3072", "batch.max_length=128", "run.steps=1"]
+    batch = ["batch.rows=6144", "batch.max_length=128", "run.steps=1"]
     limits = [(resource.RLIMIT_AS, 4 * GIB)]
     done = command("train", "tiny.yaml", "run.name=new", *batch, limits=limits)
     assert done.returncode == 2, done.stderr
     message = error_of(done.stderr)
-    assert "batch.micro_rows: out of memory: 3072 rows of " in message
+    assert "batch.micro_rows: out of memory: 6144 rows of " in message
     assert not (work / "runs" / "new").exists()
     advice = re.search(r"use (batch\.micro_rows=\d+) \(the result stays the same\)", message)[1]
     done = command("train", "tiny.yaml", "run.name=new", *batch, advice, limits=limits)
