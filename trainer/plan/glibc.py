@@ -1,0 +1,72 @@
+"""What a process on Linux takes for given blocks: more than they are, since glibc's malloc does not give all of it back.
+
+Blocks below 32 MiB lie in one heap. torch asks for them at multiples of 64 bytes, for which malloc takes up to 96 bytes
+more and gives back what it cut off; small objects soon lie there, so that a block which was freed is too small for the
+next one of its size, and the heap grows. What comes of that depends on every call before. So nothing is computed here:
+a small process of its own makes the same calls to malloc, without touching the memory, and asks malloc what it took.
+"""
+
+import array
+import ctypes
+import subprocess
+import sys
+
+from trainer.plan.passes import NODE, Event
+
+_OF_A_TENSOR, _OF_A_NODE = (24, 40, 56, 72), (24, 40, 56, 72)  # bytes of small objects: those that fit what was cut off
+_TIMEOUT_S = 600
+
+
+def footprint_bytes(events: list[Event]) -> int | None:
+    """Return the most memory that malloc takes while the blocks come and go; None where it is not glibc's."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        return None
+    numbers = array.array("q", [number for event in events for number in event])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _REPLAY],
+        input=numbers.tobytes(), capture_output=True, check=True, timeout=_TIMEOUT_S,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+_REPLAY = f"""
+import array, ctypes, sys
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+
+def taken():
+    info = libc.mallinfo2()
+    return info.arena + info.hblkhd
+
+def free(pointers):
+    for pointer in pointers:
+        libc.free(pointer)
+
+numbers = array.array("q")
+numbers.frombytes(sys.stdin.buffer.read())
+before, most, blocks, nodes = taken(), 0, {{}}, []
+for at in range(0, len(numbers), 2):
+    block, size = numbers[at], numbers[at + 1]
+    if block == {NODE}:
+        if size:
+            nodes += map(libc.malloc, {_OF_A_NODE})
+        else:
+            free(nodes)
+            nodes = []
+    elif size:
+        pointer = ctypes.c_void_p()
+        if libc.posix_memalign(ctypes.byref(pointer), 64, size):
+            sys.exit("no memory")
+        blocks[block] = [pointer.value, *map(libc.malloc, {_OF_A_TENSOR})]
+        most = max(most, taken() - before)
+    else:
+        free(blocks.pop(block))
+print(most)
+"""
