@@ -30,7 +30,8 @@ from trainer.flops import flops_per_token
 from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
-from trainer.plan import Plan, make_plan
+from trainer.plan import Plan
+from trainer.plan.of_run import planned
 from trainer.progress import finish, is_best, leave, save, save_before_model
 from trainer.resume import resume
 from trainer.skipped import step_or_skip
@@ -123,19 +124,17 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
 
 
 def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
-    """Return how much memory a rank needs; say so where it may be more than there is. None where ranks divide it.
+    """Return how much memory a rank needs; say so where it may be more than there is.
 
-    Raises OutOfMemory where it certainly is.
+    None where the model is of a kind that cannot be planned. Raises OutOfMemory where it certainly is too much.
     """
-    if parts.world.mode in ("deepspeed", "fsdp2"):
+    plan = planned(config, parts, world_size=world_size)
+    if plan is None:
         return None
-    model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
-    row = to_device(parts.world, parts.feed.longest(1))
-    with torch.compiler.set_stance("force_eager"):  # a few tokens, that no code is worth making for
-        plan = make_plan(model, parts.objective, row, config, world_size=world_size, autocast=parts.world.autocast)
-    warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device, world_size=world_size)
-    if warning and parts.world.is_main:
-        Terminal.say_once(warning)
+    device = parts.world.accelerator.device
+    if warning := out_of_memory.refuse_what_cannot_fit(plan, config, device, world_size=world_size):
+        if parts.world.is_main:
+            Terminal.say_once(warning)
     return plan
 
 

@@ -1,37 +1,27 @@
 """How much memory a run needs on one rank, told before it needs it, and which settings to lower where it does not fit.
 
-Shape letters: B rows of a forward pass, T tokens of a row, V vocabulary.
+The passes of the run itself, forward and back, are run on tensors that have no memory (passes.py): so nothing of the
+model is estimated, and any model, strategy, precision and loss counts as what it is. What a mode adds is in timeline.py
+and divided.py, what malloc keeps on a CPU in glibc.py.
 
-Exact: weights, gradients, what the optimizer keeps, the tensors of a batch, and the arrays [B, T, V] of the loss, of
-which three exist at once (log-probabilities, their gradient, the gradient of the logits), or one, of a part of the
-B * T rows, where the loss takes them part by part. Estimated: activations. What autograd keeps of one and of two short
-rows is counted at two lengths T; what a row adds is taken to grow as a * T + b * T * T, as if it held one example, and
-what does not grow with the rows (weights cast to bf16) to stay. Where activations are computed again, those of one
-block count.
-
-Not counted: what one operation needs while it runs, the libraries, and the allocator's slack. Measured on a CPU (Llama
-of 2 to 5 M weights, 1,000 to 8,000 tokens a pass), the peak was 0.85 to 1.15 times the plan in fp32 where malloc gave
-every freed block back, and 1.6 times in bf16, for which oneDNN keeps some 80 MB of its own; 1.2 to 1.4 times as glibc
-comes. DeepSpeed's sharding of gradients and moments is not counted, so there the plan would be too high.
+Not counted: what one operation needs while it runs, the libraries' own, and on a GPU what its allocator cannot use.
+Larger batches than `_MOST_TOKENS` are extrapolated, and so is the advice: what a row adds is taken to grow as
+a * T + b * T * T with its T tokens, as if it held one example, and what does not grow with the rows to stay.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.config import RunConfig
-from trainer.modes import micro_rows
-from trainer.objectives import Objective
-from trainer.optim import state_numel
 from trainer.packing import Batch, repeated
+from trainer.plan.modes import ModePlan, mode_plan
+from trainer.plan.passes import record
+from trainer.plan.sketch import Sketch
 
-_PROBE_LENGTH = 32  # tokens of the longer probe: long enough that T * T shows, short enough to cost nothing
+_MOST_TOKENS = 2**18  # of a pass that is run as it is
 _FP32_BYTES = 4
-_LOSS_ARRAYS = 3
 
 
 @dataclass(frozen=True)
@@ -46,24 +36,25 @@ class Plan:
     activation_pair_bytes: float
     batch_token_bytes: float
     batch_pair_bytes: float
-    logits_token_bytes: int
+    logits_token_bytes: float
     rows: int  # of an optimizer step, on this rank
     micro_rows: int
     length: int
     logits_at_once: int | None = None  # rows
-    tied_head_bytes: int = 0  # the gradient of an output layer, beside that of the embedding it shares weights with
+    buffers_bytes: int = 0  # of what ranks gather and add up
+    of_mode: ModePlan | None = None  # at just these rows and this length
 
     @property
     def activations_bytes(self) -> int:
-        """Estimated: what autograd keeps of one forward pass."""
+        """What is there for a forward pass and its backward pass, besides weights, gradients and logits."""
         per_row = self.activation_token_bytes * self.length + self.activation_pair_bytes * self.length**2
         return self.activation_fixed_bytes + int(self.micro_rows * per_row)
 
     @property
     def logits_bytes(self) -> int:
-        """The arrays that the loss needs at once; 0 where there is one logit row per text."""
+        """The arrays as wide as the vocabulary; 0 where there is one logit row per text."""
         tokens = self.micro_rows * self.length
-        return min(tokens, self.logits_at_once or tokens) * self.logits_token_bytes + self.tied_head_bytes
+        return int(min(tokens, self.logits_at_once or tokens) * self.logits_token_bytes)
 
     @property
     def batch_bytes(self) -> int:
@@ -72,61 +63,71 @@ class Plan:
 
     @property
     def certain_bytes(self) -> int:
-        """What the run needs whatever the estimate is worth."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.batch_bytes + self.logits_bytes
+        """What is there in the optimizer's step, however the passes went."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.batch_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.certain_bytes + self.activations_bytes
+        """The most at once; where that was extrapolated, all terms together, which is more."""
+        if self.of_mode is not None:
+            return max(self.certain_bytes, self.of_mode.total_bytes)
+        return self.certain_bytes + self.logits_bytes + self.activations_bytes + self.buffers_bytes
+
+    def cut(self, *, micro_rows: int, length: int) -> "Plan":
+        """Return the plan of smaller passes."""
+        return replace(self, micro_rows=micro_rows, length=length, of_mode=None)
 
 
 def make_plan(
-    model: torch.nn.Module,
-    objective: Objective,
-    row: Batch,
-    config: RunConfig,
-    *,
-    world_size: int,
-    autocast: Callable[[], AbstractContextManager],
+    sketch: Sketch, config: RunConfig, batch: Batch, row: Batch, mode: str, *, world_size: int, on_gpu: bool
 ) -> Plan:
-    """Return the plan of a built model. `row` is a batch of the longest row alone; short pieces of it are run."""
-    parameters, buffers = list(model.parameters()), list(model.buffers())
-    learning = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    """Return the plan of a rank in a mode.
+
+    `batch` is its largest micro-batch, or the first rows of it; `row` the longest row alone; both on the CPU.
+    """
+    of_mode = mode_plan(sketch, config, batch, mode, world_size=world_size, on_gpu=on_gpu)
     length = row["input_ids"].shape[1]
-    head = model.get_output_embeddings() if row["targets"].dim() > 1 else None
-    vocabulary = 0 if head is None else head.weight.shape[0]
-    kept_logits = vocabulary if objective.logits_at_once is None else 0
-    longer = min(length, _PROBE_LENGTH)
-    shorter = max(1, longer // 2)
+    halves = max(1, length // 2), length
 
-    def kept(num_rows: int, num_tokens: int) -> int:
-        counted = _kept_bytes(model, objective, repeated(row, num_tokens, num_rows), autocast)
-        return counted - num_rows * num_tokens * kept_logits * _FP32_BYTES  # one array of the loss, counted as such
+    def needed(num_rows: int, num_tokens: int) -> int:
+        probe = repeated(row, num_tokens, num_rows)
+        passes = record(sketch.model, sketch.objective, probe, precision=config.precision.type, on_gpu=on_gpu)
+        return passes.learning.most_bytes(of_logits=False)
 
-    kept_by_one = kept(1, longer)
-    row_bytes: list[float] = [kept(2, shorter) - kept(1, shorter), kept(2, longer) - kept_by_one]
-    with nothing_again(model) as num_blocks:  # computed again, one block at a time has all its activations
-        for i, t in enumerate((shorter, longer) if num_blocks else ()):
-            row_bytes[i] += (kept(2, t) - kept(1, t) - row_bytes[i]) / num_blocks
-    activation_token, activation_pair = _fit(shorter, longer, *row_bytes)
-    tensors = [sum(tensor.nbytes for tensor in repeated(row, t, 1).values()) for t in (shorter, longer)]
-    batch_token, batch_pair = _fit(shorter, longer, *tensors)
+    by_one = [needed(1, t) for t in halves]
+    of_row = [needed(2, t) - one for t, one in zip(halves, by_one, strict=True)]
+    tensors = [sum(tensor.nbytes for tensor in repeated(row, t, 1).values()) for t in halves]
+    activation_token, activation_pair = _fit(*halves, *of_row)
+    batch_token, batch_pair = _fit(*halves, *tensors)
+    tokens, at_once = batch["input_ids"].numel(), sketch.objective.logits_at_once
+    terms = of_mode.by_term
     return Plan(
-        weights_bytes=sum(tensor.nbytes for tensor in parameters + buffers),
-        gradients_bytes=learning,
-        optimizer_bytes=_FP32_BYTES * state_numel(model, config.optim),
-        activation_fixed_bytes=max(0, kept_by_one - round(row_bytes[1])),
+        weights_bytes=terms["weights"],
+        gradients_bytes=terms["gradients"],
+        optimizer_bytes=terms["optimizer"],
+        activation_fixed_bytes=max(0, by_one[1] - of_row[1]),
         activation_token_bytes=activation_token,
         activation_pair_bytes=activation_pair,
         batch_token_bytes=batch_token,
         batch_pair_bytes=batch_pair,
-        logits_token_bytes=(_LOSS_ARRAYS if kept_logits else 1) * vocabulary * _FP32_BYTES,
+        logits_token_bytes=terms["logits"] / min(tokens, at_once or tokens),
         rows=config.batch.rows // world_size,
-        micro_rows=micro_rows(config, world_size),
+        micro_rows=of_mode.micro_rows,
         length=length,
-        logits_at_once=objective.logits_at_once,
-        tied_head_bytes=_tied_head_bytes(model, head) if objective.logits_at_once else 0,
+        logits_at_once=at_once,
+        buffers_bytes=terms["buffers"],
+        of_mode=of_mode if holds_all(of_mode.micro_rows, length) else None,
     )
+
+
+def holds_all(micro_rows: int, length: int) -> bool:
+    """Whether a pass of so many rows is run as it is."""
+    return micro_rows * length <= _MOST_TOKENS
+
+
+def rows_run(micro_rows: int, length: int) -> int:
+    """Return of how many rows the pass is run, where it has `micro_rows`."""
+    return min(micro_rows, max(1, _MOST_TOKENS // length))
 
 
 def advice(plan: Plan, config: RunConfig, limit_bytes: int) -> str:
@@ -136,11 +137,11 @@ def advice(plan: Plan, config: RunConfig, limit_bytes: int) -> str:
     cuts longer examples; then what makes it another run: LoRA, or a smaller model.
     """
     for micro in _divisors(plan.rows):
-        if micro < plan.micro_rows and replace(plan, micro_rows=micro).total_bytes <= limit_bytes:
+        if micro < plan.micro_rows and plan.cut(micro_rows=micro, length=plan.length).total_bytes <= limit_bytes:
             return f"batch.micro_rows={micro} (the result stays the same)"
     settings = ["batch.micro_rows=1"] if plan.micro_rows > 1 else []
     for length in range((plan.length - 1) // 8 * 8, 7, -8):
-        if replace(plan, micro_rows=1, length=length).total_bytes <= limit_bytes:
+        if plan.cut(micro_rows=1, length=length).total_bytes <= limit_bytes:
             return " ".join([*settings, f"batch.max_length={length}"])
     if config.strategy.type == "full":
         return " ".join([*settings, "strategy.type=lora"]) + ", or a smaller model"
@@ -152,42 +153,6 @@ def _divisors(number: int) -> list[int]:
     """Every whole number that divides `number`, largest first."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)}, reverse=True)
-
-
-def _kept_bytes(model: torch.nn.Module, objective: Objective, batch: Batch, autocast) -> int:
-    """The bytes that autograd keeps for the backward pass, each storage once, without those of the model itself."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast():
-        loss = objective.sums(model, batch)["loss"]  # while it lives, no storage is given to another tensor
-    del loss
-    return sum(kept.values())
-
-
-def _tied_head_bytes(model: torch.nn.Module, head: torch.nn.Module | None) -> int:
-    if head is None or not head.weight.requires_grad or head.weight is not model.get_input_embeddings().weight:
-        return 0
-    return _FP32_BYTES * head.weight.numel()
-
-
-@contextmanager
-def nothing_again(model: torch.nn.Module) -> Iterator[int]:
-    """While open, no block computes its activations again; yields how many blocks do otherwise."""
-    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in switched:
-        module.gradient_checkpointing = False
-    try:
-        yield sum(isinstance(module, GradientCheckpointingLayer) for module in switched)
-    finally:
-        for module in switched:
-            module.gradient_checkpointing = True
 
 
 def _fit(shorter: int, longer: int, at_shorter: float, at_longer: float) -> tuple[float, float]:
