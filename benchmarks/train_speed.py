@@ -19,16 +19,16 @@ import train_work
 NAMES = {
     "ours": "Trivet",
     "bare": "a bare loop, the same work",
-    "trainer-best": "Trainer, grouped by length",
-    "trainer-best-compiled": "Trainer, grouped by length, compiled",
-    "trainer-default": "Trainer, default",
-    "sft-packed-best": "SFTTrainer, packing (bfd), no checkpointing",
-    "sft-packed": "SFTTrainer, packing (bfd), default",
-    "sft-padded": "SFTTrainer, no packing, no checkpointing",
+    "trainer-best": "Trainer at its best: grouped by length, small passes",
+    "trainer-best-compiled": "Trainer at its best, compiled",
+    "trainer-default": "Trainer, default: random batches",
+    "sft-packed-best": "SFTTrainer's packing at its best: no checkpointing, small passes",
+    "sft-packed": "SFTTrainer, packing, default",
+    "sft-padded": "SFTTrainer, no packing, default",
 }
 BY_DEFAULT = [name for name in NAMES if name != "trainer-best-compiled"]  # to compile takes minutes
 # Steps of one pass, documents of a step, learning rate.
-SIZES = {"9m": (16, 16, 1e-3), "smollm2": (5, 8, 3e-4)}
+SIZES = {"9m": (6, 16, 1e-3), "smollm2": (2, 8, 3e-4)}
 # Products of weights and the tokens' states, forward and back; attention comes on top and is left out.
 FLOPS_PER_WEIGHT = 6
 
@@ -74,7 +74,9 @@ def take_turns(systems: list[str], work: Path, precision: str, options: argparse
     rounds: Rounds = {system: [] for system in systems}
     for seed in range(options.repeats):
         for system in systems[seed % len(systems) :] + systems[: seed % len(systems)]:
-            rounds[system].append(train_work.run(system, work, precision=precision, seed=seed, threads=options.threads))
+            measured = train_work.run(system, work, precision=precision, seed=seed, threads=options.threads)
+            rounds[system].append(measured)
+            print(f"{seed + 1}: {system}: {measured['tokens_per_cpu_s']:,.0f} tokens/CPU s", flush=True)
     return rounds
 
 
@@ -121,11 +123,12 @@ def report(tables: list[str], options: argparse.Namespace) -> str:
     return (
         f"# Training speed\n\n`{command} --repeats {options.repeats} --threads {options.threads}`; "
         f"{train_work.conditions()}.\n\n" + "\n".join(tables) + "\n"
-        "Each run makes one pass over the same texts; its first step warms up and is not counted. Trainer and\n"
-        "SFTTrainer use torch's fused AdamW and SDPA, as they come. A token counts where it is predicted, so padding\n"
-        "never does. The share of the GEMM rate counts 6 operations a weight and token, and no attention, against a\n"
-        "product of two 2048 x 2048 matrices in the same precision. Grouped by length, texts come sorted, not at\n"
-        "random. The losses are those of one pass from random weights, so another order alone moves them.\n"
+        "Each run makes one pass over the same texts; the clock starts where the first batch is asked for. Trainer\n"
+        "and SFTTrainer use torch's fused AdamW and SDPA, as they come, in passes of 8 documents or rows by default,\n"
+        "at their best in those of benchmarks/train_peers.py. A token counts where it is predicted, so padding never\n"
+        "does. The share of the GEMM rate counts 6 operations a weight and token, and no attention, against a product\n"
+        "of two 2048 x 2048 matrices in the same precision. Grouped by length, texts come sorted, not at random.\n"
+        "The losses are those of one pass from random weights, so another order alone moves them.\n"
     )
 
 

@@ -4,7 +4,7 @@
 
 WORK is a folder that train_speed.py made: model/ (weights and tokenizer), train.jsonl, held_out.jsonl, plan.json. Each
 system makes one pass over the training texts and prints one line of JSON. A step is marked by the optimizer itself, in
-every system alike; the first one warms up and is not counted.
+every system alike, and the clock starts where the first batch is asked for.
 """
 
 import argparse
@@ -25,23 +25,28 @@ GEMM_SIZE, GEMM_REPEATS = 2048, 5
 
 
 class Clock:
-    """CPU and wall seconds at the end of each optimizer step."""
+    """CPU and wall seconds at the start of training, and at the end of each optimizer step."""
 
     def __init__(self) -> None:
         self.cpu_s, self.wall_s = [], []
         register_optimizer_step_post_hook(lambda *_: self.mark())
+
+    def start(self) -> None:
+        """To be called where a system takes its first batch."""
+        if not self.cpu_s:
+            self.mark()
 
     def mark(self) -> None:
         self.cpu_s.append(time.process_time())
         self.wall_s.append(time.perf_counter())
 
 
-def ours(work: Path, plan: dict, options: argparse.Namespace) -> dict:
+def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[], None]) -> dict:
     from launch import config_file
     from trainer import loop
     from trainer.config import RunConfig
 
-    spent = _time_inside(loop)
+    spent = _time_inside(loop, start)
     (work / "run.yaml").write_text(
         json.dumps(
             {
@@ -68,9 +73,10 @@ def ours(work: Path, plan: dict, options: argparse.Namespace) -> dict:
     return {"tokens": tokens, "model": model, "inside_s": sum(spent)}
 
 
-def _time_inside(loop) -> list[float]:
-    """Wall seconds inside forward, backward and optimizer passes of our loop, from the second step on."""
+def _time_inside(loop, start: Callable[[], None]) -> list[float]:
+    """Wall seconds inside forward, backward and optimizer passes of our loop, while the clock runs."""
     import trainer.distributed
+    from trainer.feed import Feed
     from trainer.objectives import CausalLMObjective
 
     spent: list[float] = []
@@ -81,18 +87,25 @@ def _time_inside(loop) -> list[float]:
             try:
                 return function(*args, **kwargs)
             finally:
-                if len(CLOCK.wall_s) and torch.is_grad_enabled():
-                    spent.append(time.perf_counter() - max(started, CLOCK.wall_s[0]))
+                if CLOCK.wall_s and torch.is_grad_enabled():
+                    spent.append(time.perf_counter() - started)
 
         return run
 
+    micro_batches = Feed.micro_batches
+
+    def first_batch(feed: Feed, step: int):
+        start()
+        return micro_batches(feed, step)
+
+    Feed.micro_batches = first_batch
     CausalLMObjective.sums = timed(CausalLMObjective.sums)
     for name in ("backward", "finish_step"):
         setattr(trainer.distributed, name, timed(getattr(trainer.distributed, name)))
     return spent
 
 
-def bare(work: Path, plan: dict, options: argparse.Namespace) -> dict:
+def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[], None]) -> dict:
     """The same work in a loop written out here: packed documents, segments, the loss without all logits."""
     import numpy as np
 
@@ -108,6 +121,7 @@ def bare(work: Path, plan: dict, options: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan["lr"], weight_decay=0.0, fused=True)
     batches = [collate_packed(rows[i : i + plan["rows"]]) for i in range(0, len(rows), plan["rows"])]
     model.train()
+    start()
     for batch in batches:
         targets = batch.pop("targets")
         with _autocast(options.precision):
@@ -160,9 +174,9 @@ def main() -> None:
     plan = json.loads((options.work / "plan.json").read_text())
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     before = gemm_rate(dtype)
-    result = SYSTEMS[options.system](options.work, plan, options)
+    result = SYSTEMS[options.system](options.work, plan, options, CLOCK.start)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps, tokens, inside_s = len(CLOCK.cpu_s), result["tokens"], result.get("inside_s")
+    steps, tokens, inside_s = len(CLOCK.cpu_s) - 1, result["tokens"], result.get("inside_s")
     wall_s = CLOCK.wall_s[-1] - CLOCK.wall_s[0]
     held_out = read_documents(
         options.work / "held_out.jsonl", AutoTokenizer.from_pretrained(options.work / "model"), 512
@@ -172,8 +186,8 @@ def main() -> None:
             {
                 "steps": steps,
                 "tokens": sum(tokens[:steps]),
-                "tokens_per_cpu_s": sum(tokens[1:steps]) / (CLOCK.cpu_s[-1] - CLOCK.cpu_s[0]),
-                "tokens_per_s": sum(tokens[1:steps]) / wall_s,
+                "tokens_per_cpu_s": sum(tokens[:steps]) / (CLOCK.cpu_s[-1] - CLOCK.cpu_s[0]),
+                "tokens_per_s": sum(tokens[:steps]) / wall_s,
                 "outside": None if inside_s is None else 1 - inside_s / wall_s,
                 "weights": sum(parameter.numel() for parameter in result["model"].parameters()),
                 "loss": held_out_loss(result["model"], held_out) if plan["held_out"] else math.nan,

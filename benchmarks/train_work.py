@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -33,6 +34,7 @@ SHAPES = {
     "smollm2": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                 "num_attention_heads": 9, "num_key_value_heads": 3},
 }  # fmt: skip
+HELD_OUT = {shape: 8 if shape == "smollm2" else 40 for shape in SHAPES}  # documents, each read alone
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ def prepare(work: Path, shape: str, *, steps: int, documents: int, max_length: i
     chosen = [_cut(text, tokenizer, max_length) for text in train[: steps * documents]]
     num_tokens = sum(len(ids) for ids in tokenizer(chosen)["input_ids"])
     rows = max(1, round(num_tokens / steps / max_length))
-    plan = Plan(max(2, num_tokens // (rows * max_length)), rows, documents, max_length, lr, held_out=not joined)
+    plan = Plan(
+        max(2, math.ceil(num_tokens / (rows * max_length))), rows, documents, max_length, lr, held_out=not joined
+    )
     work.mkdir(parents=True)
-    for name, texts in (("train", chosen), ("held_out", [_cut(text, tokenizer, max_length) for text in held_out[:40]])):
+    for name, texts in (
+        ("train", chosen),
+        ("held_out", [_cut(text, tokenizer, max_length) for text in held_out[: HELD_OUT[shape]]]),
+    ):
         (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (work / "plan.json").write_text(json.dumps(asdict(plan)))
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ def ensure_base_model(config: RunConfig) -> int:
     """Make `model.path` by `model.made_by` if it is absent; return 0 when the model is there, else an exit code.
 
     Ranks and parallel trials wait for whoever does it first. Signals go to a training that makes it, which saves and
-    stops (75). Raises ConfigError if `made_by` makes another folder, Unavailable if its package cannot be had.
+    stops (75). Raises ConfigError if `made_by` makes another folder, Unavailable if its package cannot be had, and
+    BadInput before that for rows that the run itself could not learn from.
     """
     model = config.model
     if not isinstance(model, PretrainedModel) or model.made_by is None:
@@ -29,11 +30,12 @@ def ensure_base_model(config: RunConfig) -> int:
     folder = Path(model.path)
     if pretrained.is_model(folder):
         return 0
+    check_without_base(config)
     if isinstance(model.made_by, str):  # the name of a package
         lock_path, make = folder.parent / f".{folder.name}.lock", lambda: _fetch(folder)
     else:
         made_by = model.made_by
-        base = _run_that_makes(folder, made_by)
+        base = run_that_makes(folder, made_by)
         lock_path, make = base.run.dir / f".{base.run.name}.lock", lambda: _train(folder, made_by)
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,17 @@ def _train(folder: Path, made_by: Path) -> int:
     return processes.run_group(processes.train_command(made_by, []), _without_the_launcher())
 
 
-def _run_that_makes(folder: Path, made_by: Path) -> RunConfig:
+def check_without_base(config: RunConfig) -> None:
+    """Check of a run what needs no model: its rows, columns and labels. Raises BadInput."""
+    from trainer import out_of_memory
+    from trainer.dataset import check_rows
+
+    with out_of_memory.while_building(config):
+        check_rows(config)
+
+
+def run_that_makes(folder: Path, made_by: Path) -> RunConfig:
+    """Return the config of the run that makes the model in `folder`. Raises ConfigError if it makes another."""
     base = config_file.load(made_by, [], RunConfig)
     made = base.run.folder / "model"
     if made.resolve() != folder.resolve():

@@ -131,7 +131,7 @@ def _explain_one(error: Any, model: type[BaseModel]) -> str:
         accepted = error["ctx"].get("expected_tags", "")
         found = error["ctx"].get("tag", found)
         return f"{name}.type: {found!r} found; accepted: {accepted}" if accepted else f"{name}.type: missing; add it"
-    accepted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    accepted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").partition(", unable to ")[0]
     return f"{name}: {found!r} found; accepted: {accepted}"
 
 

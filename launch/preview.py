@@ -23,6 +23,11 @@ from trainer.objectives import Objective
 
 _STYLES = {"learned": "bold green", "context": "dim", "masked": "bold magenta", "padding": "on grey30"}
 _LOSS_PER_TOKEN = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTokenClassification")
+_PER_TEXT = {
+    "single_label_classification": "one label a row learned",
+    "multi_label_classification": "of each row every label learned, as said or not",
+    "regression": "one number a row learned",
+}
 _COUNTED_STEPS = 50  # batches are counted over an epoch, and at most so many steps
 
 
@@ -52,9 +57,13 @@ def preview(config: RunConfig, *, num_rows: int, step: int) -> int:
         raise BadInput(f"--step: {step} found, but the run has {config.run.steps} steps (run.steps); take one of them")
     parts = _build(config)
     console = Console(soft_wrap=True, highlight=False)
+    shown, batches = _go_through(parts, config, num_rows=num_rows, shown_step=step - 1)
+    occurring = set().union(*(row.kinds for _, row in shown))
     for kind, meaning in LEGEND.items():
-        console.print(Text("legend  ") + Text(kind, _STYLES[kind]) + Text(f" {meaning}"))
-    batches = _go_through(console, parts, config, num_rows=num_rows, shown_step=step - 1)
+        if kind in occurring:
+            console.print(Text("legend  ") + Text(kind, _STYLES[kind]) + Text(f" {meaning}"))
+    for title, row in shown:
+        _show(console, row, title)
     examples = audit.count_examples(parts.objective, parts.data.splits.train, parts.tokenizer, config.batch.max_length)
     for line in _summary(parts, config, examples, batches):
         console.print(Text(line))
@@ -78,12 +87,15 @@ def _check_tokenizer_is_there(config: RunConfig) -> None:
         )
 
 
-def _go_through(console: Console, parts: Previewed, config: RunConfig, *, num_rows: int, shown_step: int) -> Batches:
-    """Print the first rows of a 0-based step; return the counts of the first epoch, or of so many steps of it.
+def _go_through(
+    parts: Previewed, config: RunConfig, *, num_rows: int, shown_step: int
+) -> tuple[list[tuple[str, ShownRow]], Batches]:
+    """Return the first rows of a 0-based step with a title each, and the counts of the first epoch, or of some steps.
 
     One pass over the steps, in their order: streams are read in no other.
     """
     feed, total = parts.feed, Batches()
+    shown: list[tuple[str, ShownRow]] = []
     epoch = -(-len(feed.train) // config.batch.rows)
     num_counted = min(epoch, config.run.steps, _COUNTED_STEPS)
     for step in range(max(num_counted, shown_step + 1)):
@@ -96,8 +108,8 @@ def _go_through(console: Console, parts: Previewed, config: RunConfig, *, num_ro
                 for each, row in zip(drawn, shown_rows(batch, rows, parts.objective, parts.tokenizer), strict=True):
                     number += 1
                     if number <= num_rows:
-                        _show(console, row, f"step {step + 1}, row {number} (row {each.place} of the data)")
-    return total
+                        shown.append((f"step {step + 1}, row {number} (row {each.place} of the data)", row))
+    return shown, total
 
 
 def _summary(parts: Previewed, config: RunConfig, examples: Examples, batches: Batches) -> Iterator[str]:
@@ -120,7 +132,11 @@ def _summary(parts: Previewed, config: RunConfig, examples: Examples, batches: B
     for remark in audit.remarks(objective, examples, length):
         yield f"note      {remark}"
     per_token = objective.head in _LOSS_PER_TOKEN
-    learned = f"{batches.learned / batches.tokens:.1%} of tokens learned" if per_token else "one label a row learned"
+    learned = (
+        f"{batches.learned / batches.tokens:.1%} of tokens learned"
+        if per_token
+        else _PER_TEXT[objective.problem_type or "single_label_classification"]
+    )
     packed = f", rows {batches.tokens / batches.room:.1%} full" if objective.packs else ""
     yield (
         f"batches   {batches.rows:,} rows of {batches.tokens:,} tokens looked at: {learned}, "
@@ -153,7 +169,7 @@ def _show_document(console: Console, document: Document) -> None:
         for span in document.spans:
             console.print(Text(f"    {span.kind} | {_printable(span.text)}".replace("\n", "\\n")))
     if document.label is not None:
-        console.print(Text(f"    learned | label {_printable(document.label)}", _STYLES["learned"]))
+        console.print(Text(f"    learned | {document.label_kind} {_printable(document.label)}", _STYLES["learned"]))
 
 
 def _printable(text: str) -> str:

@@ -16,6 +16,7 @@ LEGEND = {
     "masked": "is hidden: before the arrow what the model reads, after it what it learns to find",
     "padding": "fills a row up; neither read nor learned",
 }
+_LABEL_KINDS = {"multi_label_classification": "labels", "regression": "number"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Document:
 
     spans: list[Span]
     label: str | None = None
+    label_kind: str = "label"  # or labels, or number
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class ShownRow:
     documents: list[Document]
     tokens: int
     padding: int
+
+    @property
+    def kinds(self) -> set[str]:
+        """The keys of LEGEND that say something about this row."""
+        found = {span.kind for document in self.documents for span in document.spans}
+        labelled = any(document.label is not None for document in self.documents)
+        return found | ({"learned"} if labelled else set()) | ({"padding"} if self.padding else set())
 
 
 def shown_rows(
@@ -78,7 +87,8 @@ def _document(
             return Document(list(_tagged(ids, targets, objective.labels or [], tokenizer)))
         case _:
             whole = _merged((("context", int(token)) for token in ids), tokenizer)
-            return Document(whole, _label(targets, objective.labels))
+            kind = _LABEL_KINDS.get(objective.problem_type or "", "label")
+            return Document(whole, _label(targets, objective.labels), kind)
 
 
 def _next_tokens(ids: np.ndarray, targets: np.ndarray) -> Iterator[tuple[str, int]]:
@@ -107,11 +117,15 @@ def _hidden(ids: np.ndarray, targets: np.ndarray, tokenizer: PreTrainedTokenizer
 def _tagged(
     ids: np.ndarray, targets: np.ndarray, tags: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Span]:
-    """Each token that learns a tag with it; the other pieces of words and what the tokenizer adds are context."""
+    """Each token that learns a tag with it; the other pieces of words and what the tokenizer adds are context.
+
+    Pieces that learn the tag of their word have its number plus that of the tags: see the objective.
+    """
     for learned, group in groupby(range(len(ids)), key=lambda i: targets[i] != IGNORED):
         places = list(group)
         if learned:
-            yield from (Span("learned", f"{_text([ids[i]], tokenizer)} = {tags[targets[i]]}") for i in places)
+            for i in places:
+                yield Span("learned", f"{_text([ids[i]], tokenizer)} = {tags[targets[i] % len(tags)]}")
         else:
             yield Span("context", _text([ids[i] for i in places], tokenizer))
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launch import report_data, report_page, report_plots
 from launch.report_data import Run, Sweep, is_number, mapping
+from launch.report_evidence import leaks, samples
 from launch.report_labels import by_label
 from serving.directory import BadInput, write_text
 
@@ -94,8 +95,9 @@ def _runs(runs: list[Run]) -> list[str]:
     rows = [[run.name, report_page.state(run.state), *_row(run)[2:]] for run in runs]
     parts = [report_page.heading("Runs"), report_page.table(COLUMNS, rows)]
     parts += [report_page.warning(f"{run.name}: {problem}") for run in runs for problem in _problems(run)]
+    parts += [report_page.warning(f"{run.name}: {found}") for run in runs for found in leaks(run)]
     parts += [report_page.heading("Curves"), report_page.figures(_curves(runs))]
-    parts += [part for run in runs for part in by_label(run)]
+    parts += [part for run in runs for part in [*by_label(run), *samples(run)]]
     parts.append(report_page.heading("Details"))
     for run in runs:
         facts = "\n".join(f"{name}: {value}" for name, value in _facts(run))
@@ -108,8 +110,8 @@ def _runs(runs: list[Run]) -> list[str]:
 
 
 def _curves(runs: list[Run]) -> list[str]:
-    def series(key: str, kind: str = "train") -> list[report_plots.Series]:
-        rows = {run.name: run.train if kind == "train" else run.evals for run in runs}
+    def series(key: str, kind: str = "train", chosen: list[Run] = runs) -> list[report_plots.Series]:
+        rows = {run.name: run.train if kind == "train" else run.evals for run in chosen}
         points = {
             name: [(row["step"], row[key]) for row in values if is_number(row.get(key))]
             for name, values in rows.items()
@@ -117,9 +119,13 @@ def _curves(runs: list[Run]) -> list[str]:
         return [(name, [x for x, _ in found], [y for _, y in found]) for name, found in points.items() if found]
 
     plots = []
-    losses, held_out = series("loss"), series("eval_loss", "eval")
-    if losses or held_out:
-        plots.append(report_plots.line_plot("Loss", losses, x="step", y="loss per token", marked=held_out))
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    for task in tasks:
+        chosen = [run for run in runs if run.task == task]
+        losses, held_out = series("loss", chosen=chosen), series("eval_loss", "eval", chosen)
+        title = "Loss" if len(tasks) == 1 else f"Loss: {task}"
+        if losses or held_out:
+            plots.append(report_plots.line_plot(title, losses, x="step", y=chosen[0].loss_unit, marked=held_out))
     for key, title in (
         ("accuracy", "Held-out accuracy"),
         ("f1", "Held-out F1 of entities"),

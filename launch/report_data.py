@@ -42,6 +42,19 @@ class Run:
         return str(self.result.get("objective") or mapping(self.config, "objective").get("type") or "?")
 
     @property
+    def task(self) -> str:
+        """The objective, and of classification what is answered: runs whose losses can be compared have the same."""
+        problem = mapping(self.config, "objective").get("problem", "single_label")
+        return f"{self.objective}, {problem}" if self.objective == "classification" else self.objective
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is a mean of."""
+        units = {"regression": "mean squared error", "multi_label": "loss per label", "single_label": "loss per text"}
+        per_token = {"token_classification": "loss per tagged token", "masked_lm": "loss per hidden token"}
+        return units.get(self.task.partition(", ")[2]) or per_token.get(self.objective, "loss per token")
+
+    @property
     def score_name(self) -> str:
         return str(self.result.get("score_name") or ("accuracy" if self.objective == "classification" else "eval_loss"))
 

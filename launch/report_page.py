@@ -23,7 +23,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; vertical-align: top; padding: 7px 12px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; background: #f8fafc; }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; } td:first-child { min-width: 90px; }
+td { overflow-wrap: break-word; } td:first-child { min-width: 90px; }
 .state { border-radius: 99px; padding: 1px 9px; font-size: 12px; font-weight: 600; white-space: nowrap; }
 .done { background: #dcfce7; color: #166534; } .failed { background: #fee2e2; color: #991b1b; }
 .stopped { background: #fef3c7; color: #92400e; } .running, .unknown { background: #e0e7ff; color: #3730a3; }

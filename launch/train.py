@@ -90,27 +90,37 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     politeness.check_hub_address()
     finished = is_finished(config)
     model = config.model
-    if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
-        if isinstance(model.made_by, str):
-            print(f"{model.path} is not there yet: a run would first fetch {model.made_by}; nothing else was checked")
-            return
-        print(f"{model.path} is not there yet: a run would first train {model.made_by}, checked here instead")
-        dry_run(config_file.load(model.made_by, [], RunConfig), nproc=nproc)
-        return
     from trainer import loop, out_of_memory
     from trainer.build import build
     from trainer.modes import micro_rows
 
     micro_rows(config, nproc)
+    if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
+        _dry_run_without_base(config, model, nproc=nproc)
+        return
     with out_of_memory.while_building(config):
         parts = build(config)
     plan = loop.check_memory(config, parts, world_size=nproc)
     needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process" if plan else ""
+    needs += " and about 0.5 GiB more for the program itself" if plan else ""
     feed = parts.feed
     print(
         f"{config.run.folder}: {config.run.steps} steps of {config.batch.rows} rows, {feed.outlook(config.run.steps)}"
         f"{needs}; {'already finished' if finished else 'nothing was written'}"
     )
+
+
+def _dry_run_without_base(config: RunConfig, model: PretrainedModel, *, nproc: int) -> None:
+    """Check of a run what needs no model, and then the run that makes its base model, where one does."""
+    from launch import base_model
+
+    base_model.check_without_base(config)
+    print(f"{config.run.folder}: its rows, columns and labels are checked; the rest of it once {model.path} is there")
+    if not isinstance(model.made_by, Path):
+        print(f"{model.path} is not there yet: a run would first fetch {model.made_by}; nothing was written")
+        return
+    print(f"{model.path} is not there yet: a run would first train {model.made_by}, which is checked here")
+    dry_run(base_model.run_that_makes(Path(model.path), model.made_by), nproc=nproc)
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -138,11 +148,8 @@ def is_finished(config: RunConfig) -> bool:
         return False
     if status["step"] > config.run.steps:
         raise ConfigError(f"run.steps: {config.run.steps} found, but the run stands at step {status['step']}; raise it")
-    if "run.steps" in different and config.optim.schedule != "constant":
-        _say(
-            f"run.steps was {earlier.run.steps} and is {config.run.steps}: the {config.optim.schedule} schedule of the "
-            f"steps to come follows the new length, so this is not the run that {config.run.steps} steps at once give"
-        )
+    if "run.steps" in different:
+        _tell_more_steps(earlier, config, was_done=status["state"] == "done")
     products = [config.run.folder / "model" / MANIFEST, config.run.folder / "result.json"]
     # An early end is the end, unless it is the patience that changed.
     stopped_early = bool(status.get("reason")) and "run.steps" not in different
@@ -151,6 +158,21 @@ def is_finished(config: RunConfig) -> bool:
         return False
     is_done = status["state"] == "done" and (status["step"] >= config.run.steps or is_over)
     return is_done and all(path.is_file() for path in products)
+
+
+def _tell_more_steps(earlier: RunConfig, config: RunConfig, *, was_done: bool) -> None:
+    """Say what a run with more steps than it was started with does."""
+    longer = f"run.steps was {earlier.run.steps} and is {config.run.steps}: "
+    if was_done and not any((config.run.folder / "checkpoints").glob("step-*")):
+        _say(
+            f"{longer}the finished run kept no checkpoint to go on from, so all of it is trained again from step 0; "
+            "with checkpoint.every set, it keeps some"
+        )
+    elif config.optim.schedule != "constant":
+        _say(
+            f"{longer}the {config.optim.schedule} schedule of the steps to come follows the new length, so this is not "
+            f"the run that {config.run.steps} steps at once give"
+        )
 
 
 def _refuse_foreign_files(config: RunConfig) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,16 @@ def _train_and_die(config_yaml: str, step: int, output: str) -> None:
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    log = RunLog.train
 
-    def log_and_die(log_of_run: RunLog, at: int, **fields: Any) -> None:
-        log(log_of_run, at, **fields)
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def and_die(log: Callable[..., None]) -> Callable[..., None]:
+        def log_and_die(log_of_run: RunLog, at: int, *args: Any, **fields: Any) -> None:
+            log(log_of_run, at, *args, **fields)
+            if at == step:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    RunLog.train = log_and_die  # type: ignore[method-assign, assignment]
+        return log_and_die
+
+    RunLog.train, RunLog.skip = and_die(RunLog.train), and_die(RunLog.skip)  # type: ignore[method-assign]
     sys.exit(main([config_yaml]))
 
 

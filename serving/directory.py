@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serving import format_version
+from serving import exportable, format_version
 
 MANIFEST = "trivet.json"
 VERIFICATION = "verification.json"
@@ -119,7 +119,7 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
     Raises DirectoryError if the folder or its manifest is missing, unreadable, of another kind or a newer format.
     """
     folder = Path(folder)
-    fix = "; make one with: trivet export" if kind == "onnx" else ""
+    fix = exportable.instead_of_onnx(folder) if kind == "onnx" else ""
     if not folder.is_dir():
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:
@@ -176,6 +176,26 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         is_ours = path.name in (MANIFEST, VERIFICATION) or (path.name[0] == "." and path.suffix == ".partial")
         if (path.is_symlink() or path.is_file()) and not is_ours and path.relative_to(folder).as_posix() not in listed:
             raise DirectoryError(f"{path}: {MANIFEST} does not list it; remove it, or make the directory again")
+
+
+def foreign_weights(folder: Path) -> str:
+    """Return the first file that a model folder names as holding its weights, though it is no safetensors file there;
+    nothing where there is none. Of such a name transformers would read a pickle, or a file elsewhere.
+
+    Raises DirectoryError for a list of weight files that cannot be read.
+    """
+    named: list[Any] = []
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors.index.json"))):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            of_one, of_many = content.get("transformers_weights"), content.get("weight_map", {}).values()
+        except (OSError, ValueError, AttributeError) as error:
+            raise DirectoryError(f"{path}: cannot be read ({error}); get the model again") from None
+        named += [*of_many, *([] if of_one is None or str(of_one).endswith(".safetensors.index.json") else [of_one])]
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            return str(name)
+    return ""
 
 
 def identity(folder: Path) -> str:

@@ -87,6 +87,16 @@ def test_a_longer_run_says_that_its_schedule_changes(work, onnx_dir, trivet):
     assert "run.steps was 8 and is 10: the cosine schedule" in err
 
 
+def test_a_longer_run_without_a_checkpoint_says_that_it_starts_again(work, trivet):
+    name = ["run.name=again", "checkpoint.every=null"]
+    assert trivet("train", "tiny.yaml", *name, "run.steps=2")[0] == 0
+    code, _, err = trivet("train", "tiny.yaml", *name, "run.steps=3")
+    assert code == 0
+    assert "run.steps was 2 and is 3: the finished run kept no checkpoint to go on from" in err
+    assert "schedule of the steps to come" not in err
+    assert "step 1/3" in err
+
+
 def test_the_run_folder_holds_what_the_design_says(work, onnx_dir):
     run = work / "runs" / "tiny"
     assert {"config.yaml", "status.json", "metrics.jsonl", "checkpoints", "model", "result.json"} <= {

@@ -79,7 +79,7 @@ def files_with(needle: str, folder: Path) -> list[str]:
 
 def python(code: str, environment: dict[str, str]) -> str:
     env = {**environment, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

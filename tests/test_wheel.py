@@ -215,9 +215,9 @@ def test_an_install_for_serving_answers_a_chat_and_shows_its_page(serving, onnx_
         url = server.stderr.readline().split()[-1]
         body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}).encode()
         request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             assert json.load(response)["usage"]["completion_tokens"] > 0
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=600) as response:
             assert b"</html>" in response.read()
         server.terminate()
         assert server.wait(60) == 0

@@ -12,13 +12,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from serving.directory import BadInput
+from trainer import cache
 from trainer.columns import chat_of
 from trainer.objectives import Objective
 from trainer.packing import IGNORED, Batch, Example, Row
+from trainer.rows import Rows
 
 MOST_ROWS = 20_000  # looked at for the counts: those of a longer data set are of its first rows
 
 _PART = 1000
+_TOLD_ROWS = 1000  # looked at where a run starts, so that it hardly takes time
+_WORTH_SAYING = 0.01  # of all tokens
 _UNCUT_TOKENS = 10**6  # longer than any example, and a length that tokenizers take
 
 
@@ -107,6 +111,29 @@ def count_batch(batch: Batch, rows: list[Row], max_length: int, end_id: int) -> 
     )
 
 
+def tell_cut(
+    objective: Objective, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, about: dict[str, Any]
+) -> list[str]:
+    """Say in a line how many of the first rows' examples are cut, where more than a hundredth of their tokens is lost.
+
+    Kept in the cache; `about` says what else shapes the examples.
+    """
+
+    def count() -> list[int]:
+        found = count_examples(objective, itertools.islice(rows, _TOLD_ROWS), tokenizer, max_length)
+        return [found.data_rows, found.longer, found.tokens_before, found.tokens]
+
+    key = cache.key_of(cut=_TOLD_ROWS, rows=rows.fingerprint, labels=objective.labels, max_length=max_length, **about)
+    num_rows, longer, before, after = cache.fact(key, count)
+    if before - after <= _WORTH_SAYING * before:
+        return []
+    return [
+        f"cut: {longer:,} examples of {'the first ' if num_rows == _TOLD_ROWS else ''}{num_rows:,} training rows are "
+        f"longer than batch.max_length {max_length}: {1 - after / before:.1%} of all tokens are lost; raise it to keep "
+        "them"
+    ]
+
+
 def check(objective: Objective, examples: Examples, batches: Batches, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise MaskFault where nothing is learned, or everything of a chat, or the stop token never is."""
     if not batches.learned:
@@ -127,6 +154,11 @@ def check(objective: Objective, examples: Examples, batches: Batches, tokenizer:
         raise MaskFault(
             "tokenizer.chat_template: nothing is masked: every token of every chat is learned, none is a question "
             "that is only read; use a template that shows the user's turns"
+        )
+    if objective.section.type == "sft" and batches.learned == batches.ends:
+        raise MaskFault(
+            f"data: the assistant says nothing in {batches.rows:,} rows: only the stop token {end!r} is learned, and "
+            "the model would be silent; look at the answers, or leave empty ones out with data.skip_bad_rows=true"
         )
     if batches.learned > batches.learned_by_examples:
         raise MaskFault(

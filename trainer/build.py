@@ -1,7 +1,9 @@
 """What a run is made of: everything between a validated config and step 0, on every rank alike."""
 
 import copy
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import logging as transformers_logging
 
 from trainer import compute, distributed, hub, leaks, model_dir, model_fit, model_folder, models, tracking
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
-from trainer.dataset import Data, build_tokenizer, make_feed, make_rows, prepare_data
+from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
 from trainer.feed import Feed
 from trainer.metrics import Terminal
@@ -20,9 +22,7 @@ from trainer.modes import micro_rows
 from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
-from trainer.strategies import STRATEGIES, check_world, tell_learning
-
-__all__ = ["Parts", "build", "build_tokenizer", "make_rows"]
+from trainer.strategies import STRATEGIES, check_world, tell_learning, tell_tied
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
     outline: torch.nn.Module  # the whole model on the meta device, however the ranks divide it
+    left_out: Callable[[], list[str]] = list  # says which rows of a stream, as far as it was read, nothing learns from
 
     def samples(self, count: int) -> list[str]:
         """Return the text of so many held-out examples, as the model reads them."""
@@ -67,17 +68,18 @@ def build(config: RunConfig) -> Parts:
     objective, tokenizer = data.objective, data.tokenizer
     model = plain_model(config, objective, tokenizer)
     outline = outline_of(model)
-    without = objective.try_out(model, config.batch.max_length)
+    without = [*tell_tied(model, config.strategy), *objective.try_out(model, config.batch.max_length)]
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
-        found = [f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else []
+        found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]
         for line in [*data.left_out(config), *found, describe(config, world, model, data, feed), *without]:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
-    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline)
+    left_out = functools.partial(data.left_out, config) if data.splits.streaming else list
+    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline, left_out)
 
 
 def plain_model(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """What an objective takes from a row: a text, labels, tags, a chat. A row that lacks it is refused, or left out."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,11 @@ from trainer.data_files import DataError, Row
 
 Messages = list[dict[str, str]]
 
-_LARGEST_NUMBER = 3.4e38  # beyond it a number is infinite in fp32
+_LARGEST_NUMBER = 1e18  # a loss adds up squares in fp32: a hundred of these are still finite
 _LONGEST_SHOWN = 60  # characters of a value in an error
+
+# A list as programs write it into one field of a csv file. Its marks would become parts of names and words.
+_WRITTEN_LIST = re.compile(r"""\s*\[["'\d].*\]\s*""", re.DOTALL)
 
 # Chats are also written as {"from": "human", "value": ...}.
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -68,6 +72,7 @@ def labels_of(row: Row, index: int, data: Columns) -> list[str]:
     if data.label not in row:
         _value(row, index, data, "label")
     value = row[data.label]
+    _refuse_written_list(row, index, "label", value, f"names with {data.label_separator!r} between")
     if isinstance(value, str):
         value = [part.strip() for part in value.split(data.label_separator) if part.strip()]
     names = [_name(each) for each in value] if isinstance(value, list) else [] if value is None else [None]
@@ -78,14 +83,16 @@ def labels_of(row: Row, index: int, data: Columns) -> list[str]:
 
 
 def number_of(row: Row, index: int, data: Columns) -> float:
-    """Return the number of a row, also one written as text. Raises BadRow for what is none, and NaN and infinity."""
+    """Return the number of a row, also one written as text. Raises BadRow for what is none or too large, and NaN."""
     value = _value(row, index, data, "label")
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not abs(number) < _LARGEST_NUMBER:
+    if not abs(number) <= _LARGEST_NUMBER:
         problem = f": {_short(value)} found; expected a number; for classes: objective.problem single_label"
+        if math.isfinite(number):
+            problem = f": {_short(value)} found; expected a number up to {_LARGEST_NUMBER:g}; give all in a larger unit"
         raise BadRow(row, index, "label", problem, f"whose {data.label!r} is no number")
     return number
 
@@ -172,6 +179,7 @@ def _short(value: Any) -> str:
 
 def _list(row: Row, index: int, data: Columns, setting: str) -> list[Any]:
     value = _value(row, index, data, setting)
+    _refuse_written_list(row, index, setting, value, "one entry a word, with white space between")
     value = value.split() if isinstance(value, str) else value
     if not isinstance(value, list) or not value:
         name, wrong = getattr(data, setting), f"no list ({_short(value)})" if value != [] else "an empty list"
@@ -180,10 +188,19 @@ def _list(row: Row, index: int, data: Columns, setting: str) -> list[Any]:
     return value
 
 
+def _refuse_written_list(row: Row, index: int, setting: str, value: Any, expected: str) -> None:
+    """Raise BadRow for a text that is a list in the writing of some language."""
+    if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
+        problem = f": {_short(value)} found, a list written as text; expected {expected}, or a list in .jsonl"
+        raise BadRow(row, index, setting, problem, "with a list written as text")
+
+
 def _value(row: Row, index: int, data: Columns, setting: str) -> Any:
     name = getattr(data, setting)
     if row.get(name) is None:
         problem = f" has no {name!r}; it has: {', '.join(row) or 'none'}; name one of them"
+        if name in row:
+            problem = f" has nothing (null) in {name!r}; mend the row, or set data.skip_bad_rows=true"
         raise BadRow(row, index, setting, problem, f"without {name!r}")
     return row[name]
 

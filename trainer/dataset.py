@@ -1,5 +1,6 @@
 """From a config's data section to what the run reads: rows, tokenizer, examples, and the feed of this rank."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer import cache, leaks
+from trainer import audit, cache, leaks
 from trainer.config import (
     EmbeddedData,
     MixtureData,
@@ -20,17 +21,19 @@ from trainer.data_files import DataError
 from trainer.distributed import World
 from trainer.encoding import fingerprint_of, parts_of, shape_of, stored_examples
 from trainer.feed import Feed
+from trainer.left_out import left_out_of
 from trainer.objectives import OBJECTIVES, Objective
 from trainer.packing import Example, Row, pack
 from trainer.reading import Reading, RowsReading
 from trainer.rows import Rows, WeightedRows
 from trainer.sources import read_splits
-from trainer.splits import Splits, tell_left_out, where
+from trainer.splits import Splits, tell_left_out, tell_left_out_so_far, where
 from trainer.stored_rows import StoredRows
 from trainer.stream import StreamReading, StreamSource
 from trainer.tokenizers import load_for, load_tokenizer, train_for
 
 _PART_ROWS = 1000  # encoded together: tokenizers use much memory around what they return
+_CHECKED_ROWS = 1000  # of a stream, where a run is checked before its base model is made
 
 
 @dataclass
@@ -41,15 +44,27 @@ class Data:
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
     num_without_example: int = 0  # rows that gave nothing to learn, as far as they were encoded
+    num_examples: int = 0  # that are trained on; of a stream they are not counted
+    longest: int = 0  # of those, in tokens
 
     def left_out(self, config: RunConfig) -> list[str]:
-        """Say which rows are not learned from, and why, a line each."""
+        """Say which rows are not learned from, and why, a line each; of a stream as far as it was read."""
         said = [tell_left_out(self.splits)] if self.splits.left_out else []
+        if self.splits.streaming and (found := left_out_of(self.splits.train)):
+            said.append(tell_left_out_so_far(found))
         if self.num_without_example:
             why = self.objective.why_left_out(config.batch.max_length)
             total = "" if self.splits.streaming else f" of {sum(map(len, self.splits.parts().values())):,}"
             said.append(f"left out {self.num_without_example:,}{total} rows: {why}")
         return said
+
+    def cut(self, config: RunConfig) -> list[str]:
+        """Say in a line what is lost of examples that are too long, where it is much; of a stream it is not known."""
+        length = config.batch.max_length
+        if self.splits.streaming or not self.objective.loses_rest or self.longest < length:
+            return []
+        about = {**shape_of(config), "tokenizer": fingerprint_of(self.tokenizer)}
+        return audit.tell_cut(self.objective, self.splits.train, self.tokenizer, length, about)
 
     def sizes(self, feed: Feed) -> str:
         """Say how much there is to learn from."""
@@ -59,8 +74,8 @@ class Data:
         test = f" and {counts['test']:,} test" if "test" in counts else ""
         comma = "," if test else " and"
         return (
-            f"{counts['train']:,} training{comma} {counts['validation']:,} held-out{test} examples, "
-            f"{len(feed.train):,} rows"
+            f"{counts['train']:,} training{comma} {counts['validation']:,} held-out{test} rows; training on "
+            f"{self.num_examples:,} examples in {len(feed.train):,} rows of a batch"
         )
 
     def fingerprints(self, config: RunConfig) -> dict[str, str]:
@@ -72,12 +87,26 @@ class Data:
 
 def prepare_data(config: RunConfig) -> Data:
     """Return the rows, objective and tokenizer of a run. Raises BadInput for those that cannot be learned from."""
-    splits = read_splits(config.data, config.objective.takes)
-    splits = leaks.searched(config.data, splits, config.objective.takes)
-    objective = OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
+    splits, objective = _read_rows(config)
     tokenizer = build_tokenizer(config, objective, splits)
     objective.use(tokenizer)
     return Data(splits, objective, tokenizer)
+
+
+def check_rows(config: RunConfig) -> None:
+    """Raise BadInput for rows, columns and labels that a run cannot learn from; needs neither model nor tokenizer.
+
+    Of a stream only the first rows are looked at.
+    """
+    splits, objective = _read_rows(config)
+    for rows in splits.parts().values():
+        objective.check(itertools.islice(rows, _CHECKED_ROWS) if splits.streaming else rows)
+
+
+def _read_rows(config: RunConfig) -> tuple[Splits, Objective]:
+    splits = read_splits(config.data, config.objective.takes, getattr(config.objective, "labels", None))
+    splits = leaks.searched(config.data, splits, config.objective.takes)
+    return splits, OBJECTIVES[config.objective.type](config.objective, config.data, splits.train)
 
 
 def build_tokenizer(config: RunConfig, objective: Objective, splits: Splits) -> PreTrainedTokenizerBase:
@@ -113,6 +142,8 @@ def make_feed(config: RunConfig, data: Data, world: World) -> Feed:
     else:
         weighted = _weighted(splits)
         train = [_stored(config, data, each.rows) for each in weighted]
+        data.num_examples = sum(len(rows.store) for rows in train)
+        data.longest = max(int(rows.store.lengths.max()) for rows in train)
         reading = RowsReading(train, [each.weight for each in weighted], config.run.seed)
         held_out = _stored(config, data, splits.held_out)
         if splits.test is not None:
@@ -153,15 +184,20 @@ def _stream(config: RunConfig, data: Data) -> StreamReading:
     window_rows = config.data.window_rows
     length, weighted, objective = config.batch.max_length, _weighted(data.splits), data.objective
 
-    def make_window(rows: list[DataRow], first: int) -> list[Row]:
+    counted = [0] * len(weighted)  # rows of each source, so that none counts again in a later epoch
+
+    def make_window(number: int, rows: list[DataRow], first: int) -> list[Row]:
         parts = parts_of(rows, _PART_ROWS)
         encoded = [objective.encode(part, data.tokenizer, length, first + before) for before, part in parts]
+        if first >= counted[number]:
+            data.num_without_example += sum(part.left_out for part in encoded)
+            counted[number] = first + len(rows)
         return _rows_of(objective, list(itertools.chain(*encoded)), length)
 
     sources = [
         StreamSource(
-            each.rows, make_window, window_rows=window_rows, seed=config.run.seed, number=number,
-            nothing_left=lambda num_rows: objective.nothing_left(num_rows, length),
+            each.rows, functools.partial(make_window, number), window_rows=window_rows, seed=config.run.seed,
+            number=number, nothing_left=lambda num_rows: objective.nothing_left(num_rows, length),
         )
         for number, each in enumerate(weighted)
     ]  # fmt: skip
@@ -176,7 +212,9 @@ def _first_rows(config: RunConfig, data: Data, rows: Rows | None) -> list[Row]:
     made: list[Row] = []
     num_rows, length = 0, config.batch.max_length
     for first, part in parts_of(rows, _PART_ROWS):
-        examples += data.objective.encode(part, data.tokenizer, length, first)
+        found = data.objective.encode(part, data.tokenizer, length, first)
+        examples += found
+        data.num_without_example += found.left_out
         made, num_rows = _rows_of(data.objective, examples, length), first + len(part)
         if len(made) > config.evaluation.max_rows:
             break

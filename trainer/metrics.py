@@ -20,6 +20,8 @@ from trainer.guards import writing
 from trainer.run_folder import read_metrics
 from trainer.tracking import Tracker
 
+_STEPS_OF_A_PACE = 3
+
 
 class RunLog:
     """Writes one JSON object a line; on a resume, what will be written again is dropped first.
@@ -110,7 +112,8 @@ class Terminal:
 
     def __init__(self, name: str, start_step: int, total_steps: int) -> None:
         self.console = Console(stderr=True)
-        self.total_steps, self._start_step, self._started = total_steps, start_step, time.perf_counter()
+        self.total_steps = total_steps
+        self._first: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self._progress = Progress(
             TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
@@ -119,14 +122,21 @@ class Terminal:
         self._progress.start()
 
     def step(self, step: int, fields: dict[str, Any]) -> None:
+        self._first = self._first or (step, time.perf_counter())
         shown = f"loss {fields['loss']:.3f}  {fields['tokens_per_s']:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, shown=shown)
         if not self.console.is_terminal and (step % max(1, self.total_steps // 10) == 0 or step == 1):
             self.say(f"step {step}/{self.total_steps}: {shown}{self._left(step)}")
 
     def _left(self, step: int) -> str:
-        """How long the steps to come will take, at the pace of those of this process."""
-        seconds = (time.perf_counter() - self._started) / (step - self._start_step) * (self.total_steps - step)
+        """How long the steps to come will take, at the pace of those of this process after its first, which warms up.
+
+        Nothing before a few of them were taken.
+        """
+        first, ended = self._first or (step, 0.0)
+        if step - first < _STEPS_OF_A_PACE:
+            return ""
+        seconds = (time.perf_counter() - ended) / (step - first) * (self.total_steps - step)
         return f"  {datetime.timedelta(seconds=round(seconds))} left" if seconds >= 1 else ""
 
     def say(self, text: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import directory
 from serving.directory import BadInput, DirectoryError
+from trainer import model_card
 from trainer.config import PretrainedModel, RunConfig
 from trainer.strategies import adapter_files
 from trainer.strategies.heads import task_head
@@ -53,7 +54,7 @@ def save_model(
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(config, base, step, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card.text(config, tokenizer, base, step, metrics), encoding="utf-8")
         directory.seal(
             folder,
             "model",
@@ -77,6 +78,8 @@ def load(folder: Path) -> PreTrainedModel:
     manifest = directory.read_manifest(folder, "model")
     directory.check_files(folder, manifest)
     body = folder / "base" if is_unmerged(folder) else folder
+    if name := directory.foreign_weights(body):
+        raise DirectoryError(f"{body}: names {name!r} as a file of its weights, which is no safetensors file of it")
     try:
         architecture = json.loads((body / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         model = getattr(transformers, architecture).from_pretrained(
@@ -134,29 +137,3 @@ def _merge(model: Any, ids: list[int]) -> tuple[torch.nn.Module, dict[str, float
             f"merging the LoRA changed the logits by {error:.1e} of their largest; nothing was published"
         )
     return merged, {"largest_difference": difference, "relative_to_largest_logit": error}
-
-
-def _card(config: RunConfig, base: str | None, step: int, metrics: dict[str, float]) -> str:
-    shown: dict[str, Any] = {
-        "objective": config.objective.type,
-        "strategy": config.strategy.type,
-        "base model": base or "none (from scratch)",
-        "steps": step,
-        **{name: f"{value:.4f}" for name, value in metrics.items()},
-    }
-    lines = [f"- {name}: {value}" for name, value in shown.items()]
-    if config.strategy.type == "adapter":
-        lines += ["", *_HOW_TO_LOAD]
-    return "\n".join(["---", "library_name: transformers", "---", "", f"# {config.run.name}", "", *lines, ""])
-
-
-_HOW_TO_LOAD = [
-    "A bottleneck adapter is not linear, so it cannot be merged: `base/` is what the run started from (anything loads",
-    "it, without what was learned), `adapter/` is what it learned. Together, where Trivet is installed:",
-    "",
-    "```python",
-    "from trainer import model_dir",
-    "",
-    'model = model_dir.load("this folder")',
-    "```",
-]

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
 from serving import directory
 from serving.directory import BadInput
@@ -42,6 +42,20 @@ def load_config(path: str, *, trusted: bool, **changes: Any) -> PretrainedConfig
         return AutoConfig.from_pretrained(path, trust_remote_code=trusted, **changes)
     except UNLOADABLE as error:
         raise BadInput(tell_unloadable(path, error)) from None
+
+
+def refuse_foreign_weights(path: str, config: PretrainedConfig) -> None:
+    """Raise BadInput if the model at a folder or hub name names weight files that are no safetensors files of it."""
+    explicit = getattr(config, "transformers_weights", None) or ""
+    indices = {SAFE_WEIGHTS_INDEX_NAME, *([explicit] if str(explicit).endswith(".index.json") else [])}
+    missing_may_be = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = [cached_file(path, name, **missing_may_be) for name in ("config.json", *indices)]
+    for folder in {Path(file).parent for file in found if file is not None}:
+        if name := directory.foreign_weights(folder):
+            raise BadInput(
+                f"model.path: {path}: names {name!r} as a file of its weights; accepted: safetensors files that lie in "
+                "it, since anything else is read as a pickle or from elsewhere; get the model again"
+            )
 
 
 def tell_unloadable(path: str, error: Exception) -> str:

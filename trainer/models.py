@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from serving.directory import BadInput
 from trainer.config import NewModel, PretrainedModel
 from trainer.model_fit import check_loaded, check_padding, check_task, label_order, reorder_head, settle
-from trainer.model_folder import UNLOADABLE, load_config, tell_unloadable
+from trainer.model_folder import UNLOADABLE, load_config, refuse_foreign_weights, tell_unloadable
 from trainer.new_model import new_config
 from trainer.strategies.heads import mark_new
 from trainer.tokenizers import num_entries
@@ -57,6 +57,7 @@ def _load(
 ) -> torch.nn.Module:
     path, trusted = section.path, section.trust_remote_code
     own = load_config(path, trusted=trusted)
+    refuse_foreign_weights(path, own)
     check_task(path, own, head, trusted=trusted)
     order = label_order(path, own, labels, head) if labels is not None else None
     config = load_config(path, trusted=trusted, **extra)

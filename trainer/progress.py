@@ -94,6 +94,9 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) ->
     tested = evaluate(world, parts.model, parts.objective, parts.feed, test) if len(test) else Metrics()
     counts = count_parameters(parts.outline)
     model = whole_model(config, parts)
+    if world.is_main:
+        for line in parts.left_out():
+            Terminal.say_once(line)
     if model is not None:
         with writing(f"{folder / 'model'}: the model", folder):
             model_dir.save_model(

@@ -1,7 +1,7 @@
 """The sides of a run's data (train, validation, test): which rows stand on which, by file or by their content."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from trainer.columns import TAKES, BadRow, label_of, labels_of, tagged_words_of
@@ -13,6 +13,7 @@ from trainer.rows import ChosenRows, KeptRows, Rows, digest, encoded
 
 Source = FileSource | HubSource
 Given = Rows | list[Row]
+Labels = Sequence[str] | None  # those that the objective lists, if it does
 
 SIDES = ("train", "validation", "test")
 _HUB_SPLITS = ("train_split", "validation_split", "test_split")
@@ -51,23 +52,32 @@ class Shared:
         def change(row: Row) -> Row | None:
             return row if self.side_of(digest(encoded(row))) == side else None
 
-        return self.rows if len(self.sides) == 1 else ChosenRows(self.rows, change)
+        rows = self.rows.again() if isinstance(self.rows, UsableRows) else self.rows
+        return rows if len(self.sides) == 1 else ChosenRows(rows, change)
 
 
-def shared(data: Source, takes: str, train: Given, validation: Given | None, test: Given | None) -> list[Shared]:
+def shared(
+    data: Source, takes: str, train: Given, validation: Given | None, test: Given | None, labels: Labels
+) -> list[Shared]:
     """Return the sources of a run's rows, the training rows first, without rows that are left out.
 
-    Raises DataError if a column that rows may lack is in none of them.
+    Those with other than the listed `labels` are, where there is such a list. Raises DataError if a column that rows
+    may lack is in none of them.
     """
     _check_context(data, train)
     own = ("train", *(("validation",) * (validation is None)), *(("test",) * (data.test_fraction is not None)))
     given = {own: train, ("validation",): validation, ("test",): test}
-    return [Shared(_usable(data, takes, rows), sides, data) for sides, rows in given.items() if rows is not None]
+    return [
+        Shared(_usable(data, takes, rows, labels), sides, data) for sides, rows in given.items() if rows is not None
+    ]
 
 
-def checks_labels(data: Source, takes: str) -> bool:
-    """Whether held-out rows with a label that no training row has are left out."""
-    return data.skip_bad_rows and takes in _LABELS
+def checks_labels(data: Source, takes: str, labels: Labels) -> bool:
+    """Whether held-out rows with a label that no training row has are left out: where nobody has listed the labels.
+
+    A listed one is an output of the model. It is right to be judged by it, and to see that it was never learned.
+    """
+    return data.skip_bad_rows and takes in _LABELS and labels is None
 
 
 def labels_in(data: Source, takes: str, train: Rows) -> Callable[[], set[str]]:
@@ -81,11 +91,15 @@ def with_known_labels(data: Source, takes: str, rows: Rows, known: Callable[[], 
     """Return the rows that have no label but known ones."""
 
     def check(row: Row, index: int) -> None:
-        if new := [label for label in _LABELS[takes](row, index, data) if label not in known()]:
-            problem = f": {new[0]!r} is in no training row"
-            raise BadRow(row, index, "label", problem, "whose label is in no training row")
+        _check_known(data, takes, row, index, known(), "is in no training row")
 
     return UsableRows(rows, check)
+
+
+def _check_known(data: Source, takes: str, row: Row, index: int, known: Collection[str], verdict: str) -> None:
+    """Raise BadRow for a label that is none of the known ones."""
+    if new := [label for label in _LABELS[takes](row, index, data) if label not in known]:
+        raise BadRow(row, index, "label", f": {new[0]!r} {verdict}", f"whose label {verdict}")
 
 
 def where(data: Source, side: str) -> str:
@@ -100,9 +114,15 @@ def setting_of(data: Source, side: str) -> str:
     return side if isinstance(data, FileSource) else f"{side}_split"
 
 
-def _usable(data: Source, takes: str, given: Given) -> Rows:
+def _usable(data: Source, takes: str, given: Given, labels: Labels) -> Rows:
     rows = given if isinstance(given, Rows) else KeptRows(given)
-    return UsableRows(rows, functools.partial(TAKES[takes], data=data)) if data.skip_bad_rows else rows
+
+    def check(row: Row, index: int) -> None:
+        TAKES[takes](row, index, data=data)
+        if labels is not None and takes in _LABELS:
+            _check_known(data, takes, row, index, labels, "is not in objective.labels")
+
+    return UsableRows(rows, check) if data.skip_bad_rows else rows
 
 
 def _check_context(data: Source, train: Given) -> None:

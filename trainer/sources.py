@@ -1,5 +1,7 @@
 """Where a run's rows come from: the embedded corpus, the user's files, a data set of the hub, or several of these."""
 
+from collections.abc import Sequence
+
 from trainer import cache, corpus, mixture, splits
 from trainer.config import EmbeddedData, FileSource, HubSource, MixtureData
 from trainer.data_files import DataError, FileRows, read_rows
@@ -11,21 +13,27 @@ from trainer.splits import NothingHeldOut, Splits, divide, tell_left_out
 __all__ = ["DataError", "LeftOut", "NothingHeldOut", "Splits", "divide", "read_rows", "read_splits", "tell_left_out"]
 
 _WORTH_KEEPING_BYTES = 2**26  # of files: a pass over less takes a second or two
-_VERSION = 1  # of what a pass finds out; kept results of another are not used
+_VERSION = 2  # of what a pass finds out; kept results of another are not used
 
 
-def read_splits(data: EmbeddedData | FileSource | HubSource | MixtureData, takes: str) -> Splits:
+def read_splits(
+    data: EmbeddedData | FileSource | HubSource | MixtureData, takes: str, labels: Sequence[str] | None = None
+) -> Splits:
     """Return the rows of a run; `takes` says what is taken from each (a key of `columns.TAKES`).
+
+    `labels` are those that the objective lists, if it does: rows with others may be left out.
 
     Raises DataError for missing or empty data and rows that cannot be read.
     """
     if isinstance(data, MixtureData):
-        sources = [_read(source.data, takes, streaming=data.streaming) for source in data.sources]
+        sources = [_read(source.data, takes, labels, streaming=data.streaming) for source in data.sources]
         return mixture.mixed(data, takes, sources)
-    return _read(data, takes, streaming=getattr(data, "streaming", False))
+    return _read(data, takes, labels, streaming=getattr(data, "streaming", False))
 
 
-def _read(data: EmbeddedData | FileSource | HubSource, takes: str, *, streaming: bool) -> Splits:
+def _read(
+    data: EmbeddedData | FileSource | HubSource, takes: str, labels: Sequence[str] | None, *, streaming: bool
+) -> Splits:
     if isinstance(data, EmbeddedData):
         train, held_out = corpus.split(corpus.VIEWS[takes](corpus.read_items()))
         return splits.of_lists(train[: data.max_rows], held_out)
@@ -33,8 +41,8 @@ def _read(data: EmbeddedData | FileSource | HubSource, takes: str, *, streaming:
     rows, validation, test = parts
     assert rows is not None
     if streaming:
-        return splits.stream(data, takes, rows, validation, test)
-    return divide(data, takes, rows, validation, test, key=_key(data, takes, parts))
+        return splits.stream(data, takes, rows, validation, test, labels=labels)
+    return divide(data, takes, rows, validation, test, labels=labels, key=_key(data, takes, labels, parts))
 
 
 def _files(data: FileSource) -> list[Rows | None]:
@@ -47,9 +55,12 @@ def _hub(data: HubSource, *, streaming: bool) -> list[Rows | None]:
     return [None if split is None else HubRows(data, split, streaming=streaming) for split in parts]
 
 
-def _key(data: FileSource | HubSource, takes: str, parts: list[Rows | None]) -> str | None:
+def _key(
+    data: FileSource | HubSource, takes: str, labels: Sequence[str] | None, parts: list[Rows | None]
+) -> str | None:
     """The key under which what a pass over large files finds out is kept; None where a pass is quick."""
     states = [state for part in parts if isinstance(part, FileRows | HubRows) for state in part.states()]
     if sum(state[1] for state in states) < _WORTH_KEEPING_BYTES:
         return None
-    return cache.key_of(splits=_VERSION, data=data.model_dump(mode="json"), takes=takes, states=states)
+    about = {"data": data.model_dump(mode="json"), "takes": takes, "labels": labels}
+    return cache.key_of(splits=_VERSION, states=states, **about)

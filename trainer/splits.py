@@ -1,6 +1,7 @@
 """The rows of a run: those to train on, those held out, and what was left out, each counted and hashed in one pass."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.rows import Facts, KeptRows, Rows, Tally, WeightedRows, digest, enc
 from trainer.sides import (
     SIDES,
     Given,
+    Labels,
     Shared,
     Source,
     checks_labels,
@@ -58,8 +60,17 @@ class Splits:
 def tell_left_out(splits: Splits) -> str:
     """Say in one line what was left out, and why."""
     total = sum(each.count for each in splits.left_out)
-    reasons = ", ".join(f"{each.count:,} {each.reason} (first: {each.places[0]})" for each in splits.left_out)
-    return f"left out {total:,} of {total + sum(map(len, splits.parts().values())):,} rows: {reasons}"
+    whole = total + sum(map(len, splits.parts().values()))
+    return f"left out {total:,} of {whole:,} rows: {_reasons(splits.left_out)}"
+
+
+def tell_left_out_so_far(found: Sequence[LeftOut]) -> str:
+    """Say in one line what was left out of the training rows of a stream, as far as they were read, and why."""
+    return f"left out {sum(each.count for each in found):,} rows of the stream: {_reasons(found)}"
+
+
+def _reasons(found: Sequence[LeftOut]) -> str:
+    return ", ".join(f"{each.count:,} {each.reason} (first: {each.places[0]})" for each in found)
 
 
 def of_lists(train: list[Row], held_out: list[Row]) -> Splits:
@@ -79,18 +90,24 @@ def divide(
     validation: Given | None,
     test: Given | None = None,
     *,
+    labels: Labels = None,
     key: str | None = None,
 ) -> Splits:
     """Return the splits of rows: bad ones left out where `data` allows it, parts of the training rows held out where
-    there are no others.
+    there are no others. `labels` are those that the objective lists, if it does.
 
     What the pass over them finds out is kept in the cache under a `key`, if one is given. Raises DataError if a part
     is empty, or a column that rows may lack is in none of them.
     """
-    sources = shared(data, takes, train, validation, test)
-    parts = _read_later(data, takes, sources)
+    sources = shared(data, takes, train, validation, test, labels)
+    checked = checks_labels(data, takes, labels)
+    parts = _read_later(data, takes, sources, checked=checked)
     kept: dict[str, list[Row]] = {}
-    found = cache.fact(key, lambda: _survey(data, takes, sources, kept)) if key else _survey(data, takes, sources, kept)
+
+    def survey() -> dict[str, Any]:
+        return _survey(data, takes, sources, kept, checked=checked)
+
+    found = cache.fact(key, survey) if key else survey()
     for side, facts in found["facts"].items():
         parts[side] = KeptRows(kept[side]) if side in kept else parts[side]
         parts[side].facts = Facts(*facts)
@@ -105,25 +122,32 @@ def divide(
     return splits
 
 
-def stream(data: Source, takes: str, train: Rows, validation: Rows | None, test: Rows | None) -> Splits:
+def stream(
+    data: Source, takes: str, train: Rows, validation: Rows | None, test: Rows | None, *, labels: Labels = None
+) -> Splits:
     """Return the splits of rows that are read only when they are asked for. Raises DataError if a part is empty."""
-    sources = shared(data, takes, train, validation, test)
-    parts = _read_later(data, takes, sources)
+    sources = shared(data, takes, train, validation, test, labels)
+    parts = _read_later(data, takes, sources, checked=checks_labels(data, takes, labels))
     for source in sources:
         seen = [source.rows.glance().fingerprint, str(data.validation_fraction), str(data.test_fraction)]
         for side in source.sides:
             parts[side].facts = Facts(None, hash_of([*seen, *source.sides, side]))
     for side, rows in parts.items():
         if not rows:
+            if side != "train" and side in sources[0].sides and sources[0].rows:
+                raise NothingHeldOut(
+                    f"data.{side}_fraction: {getattr(data, f'{side}_fraction')} holds out none of the rows of "
+                    f"{where(data, 'train')}; raise it, or name other rows as data.{setting_of(data, side)}"
+                )
             raise DataError(f"data.{setting_of(data, side)}: no rows in {where(data, side)}; at least one is needed")
     fingerprint = hash_of([*(parts[side].fingerprint for side in SIDES if side in parts), str(data.system)])
     return Splits(parts["train"], parts["validation"], fingerprint, test=parts.get("test"), streaming=True)
 
 
-def _read_later(data: Source, takes: str, sources: list[Shared]) -> dict[str, Rows]:
+def _read_later(data: Source, takes: str, sources: list[Shared], *, checked: bool) -> dict[str, Rows]:
     """The rows of each side, which nothing has read yet."""
     parts = {side: source.of(side) for source in sources for side in source.sides}
-    if checks_labels(data, takes):
+    if checked:
         known = labels_in(data, takes, parts["train"])
         for side in [side for side in parts if side != "train"]:
             parts[side] = with_known_labels(data, takes, parts[side], known)
@@ -133,14 +157,16 @@ def _read_later(data: Source, takes: str, sources: list[Shared]) -> dict[str, Ro
 # --- the pass that counts --------------------------------------------------------------------------------------------
 
 
-def _survey(data: Source, takes: str, sources: list[Shared], kept: dict[str, list[Row]]) -> dict[str, Any]:
+def _survey(
+    data: Source, takes: str, sources: list[Shared], kept: dict[str, list[Row]], *, checked: bool
+) -> dict[str, Any]:
     """What reading all rows finds out, as JSON. The sides of sources with little text are put into `kept`."""
     tallies: dict[str, Tally] = {}
     left_out: list[LeftOut] = []
     for source in sources:
         tallies |= _read(source, kept)
         left_out += source.rows.left_out if isinstance(source.rows, UsableRows) else ()
-    if checks_labels(data, takes):
+    if checked:
         parts = {side: source.of(side) for source in sources for side in source.sides}
         parts |= {side: KeptRows(rows) for side, rows in kept.items()}
         known = labels_in(data, takes, parts["train"])

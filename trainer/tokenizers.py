@@ -4,7 +4,8 @@ Special tokens, chat template, padding side and longest length are decided here 
 """
 
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -28,6 +29,8 @@ CHAT_TEMPLATE = (
 _DECODER = {"pad_token": PAD, "eos_token": END}
 # The separator also closes a text, for whoever asks for an end token.
 _ENCODER = {"pad_token": "[PAD]", "cls_token": CLS, "sep_token": SEP, "mask_token": "[MASK]", "eos_token": SEP}
+_LONGEST_WORD = 1000  # characters that a tokenizer is trained on as one piece
+_ENDLESS = re.compile(rf"((?<!\S)\S{{{_LONGEST_WORD},}}|(?<!\s)\s{{{_LONGEST_WORD},}})")
 # What models call a token that only pads, where their tokenizer does not say so; the end token is the last resort.
 _PADS = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 
@@ -78,7 +81,7 @@ def train_tokenizer(
     A decoder's has an end token, which nothing adds by itself, and a chat template. An encoder's puts [CLS] and [SEP]
     around a text or a pair, whose second text has the token type 1. Raises BadInput for texts without a word.
     """
-    texts = iter(texts)
+    texts = _without_endless_words(texts)
     first = next((text for text in texts if text.strip()), None)
     if first is None:
         raise BadInput("tokenizer.type: train found, but the training rows hold no text; accepted: pretrained")
@@ -135,9 +138,23 @@ def load_tokenizer(
     return tokenizer
 
 
+def _without_endless_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut where letters or spaces go on and on (base64, one long line): BPE takes the square of the
+    longest word in time, and nothing is learned from one that occurs once."""
+    for text in texts:
+        for part in _ENDLESS.split(text):
+            size = _LONGEST_WORD if _ENDLESS.fullmatch(part) else len(part)
+            yield from (part[start : start + size] for start in range(0, len(part), size or 1))
+
+
 def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many rows an embedding needs, so that every id has one (some vocabularies have gaps)."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def keeps_pairs_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself puts a special token between the texts of a pair."""
+    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
 
 
 def _enclose(backend: Tokenizer) -> processors.TemplateProcessing:

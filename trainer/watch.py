@@ -49,10 +49,16 @@ def watch(config: RunConfig, config_yaml: str, *, dropout: bool = True, keep_gra
         if not dropout:
             parts.model.eval()
             parts.model.train = model.train = lambda mode=True: model
-        _watch_weights(parts, model, config.run.steps, seen, keep_gradients)
+        _watch_weights(parts, model, seen, keep_gradients)
         _watch_feed(parts, seen)
 
-    with _building_also(set_the_watch):
+    def look_at_the_end(config: RunConfig, parts: Parts, *_: Any) -> None:
+        # Not after the optimizer's last step, which may have been skipped.
+        model = parts.world.accelerator.unwrap_model(parts.model)
+        assert seen.probe is not None, "set with the watch"
+        seen.after, seen.outputs = digests(model), logits(model, seen.probe)
+
+    with _also("build", after=set_the_watch), _also("finish", before=look_at_the_end):
         code = loop.train(config, config_yaml)
     if code:
         raise RunFailed(f"the run ended early, with exit code {code}", step=len(seen.read))
@@ -88,19 +94,23 @@ def first_document(parts: Parts) -> torch.Tensor:
 
 
 @contextmanager
-def _building_also(act: Callable[[Parts], None]) -> Iterator[None]:
-    build = loop.build
+def _also(
+    name: str, *, before: Callable[..., None] = lambda *_: None, after: Callable[..., None] = lambda *_: None
+) -> Iterator[None]:
+    """While open, the loop's function `name` does `before` with what it is given, and `after` with what it gives."""
+    real = getattr(loop, name)
 
-    def build_and_act(config: RunConfig) -> Parts:
-        parts = build(config)
-        act(parts)
-        return parts
+    def both(*args: Any) -> Any:
+        before(*args)
+        found = real(*args)
+        after(found)
+        return found
 
-    loop.build = build_and_act
+    setattr(loop, name, both)
     try:
         yield
     finally:
-        loop.build = build
+        setattr(loop, name, real)
 
 
 def _watch_feed(parts: Parts, seen: Watched) -> None:
@@ -117,7 +127,7 @@ def _watch_feed(parts: Parts, seen: Watched) -> None:
     parts.feed.micro_batches = watched  # type: ignore[method-assign]
 
 
-def _watch_weights(parts: Parts, model: torch.nn.Module, steps: int, seen: Watched, keep_gradients: bool) -> None:
+def _watch_weights(parts: Parts, model: torch.nn.Module, seen: Watched, keep_gradients: bool) -> None:
     optimizer = parts.optimizer.optimizer
     seen.probe = first_document(parts)
     seen.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -131,12 +141,7 @@ def _watch_weights(parts: Parts, model: torch.nn.Module, steps: int, seen: Watch
                 if parameter.grad is not None
             }
 
-    def after_step(*_: Any) -> None:
-        if max(seen.read) == steps - 1:
-            seen.after, seen.outputs = digests(model), logits(model, seen.probe)
-
     optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(after_step)
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:

@@ -89,9 +89,31 @@ def _doubts(found: Found, columns: list[Column], guess: Guess, profile: Profile)
         )
     if profile.labels:
         doubts += _label_doubts(guess, profile)
+    doubts += _other_uses([column for column in columns if column.name not in guess.columns.values()], guess)
     if found.validation is not None and found.validation.name.startswith("test"):
         doubts.append(f"{found.validation.name} is used as held-out data: keep other rows for final figures")
     return doubts
+
+
+def _other_uses(rest: list[Column], guess: Guess) -> list[str]:
+    """What the columns that are not used could be used for, by settings that init does not write."""
+    texts, by_hand = [column.name for column in rest if column.is_prose], "in a config of your own: objective.type="
+    if guess.objective == "classification":
+        return [f"`{name}` is a text too: to judge both as a pair, set data.text_pair to it" for name in texts[:1]]
+    if guess.objective != "causal_lm":
+        return []
+    numbers = [column.name for column in rest if column.type == "number"]
+    lists = [column.name for column in rest if column.type == "list"]
+    return [
+        *(
+            f"`{name}` holds numbers: to learn them {by_hand}classification, objective.problem=regression"
+            for name in numbers[:1]
+        ),
+        *(
+            f"`{name}` holds lists: if of labels, {by_hand}classification, objective.problem=multi_label"
+            for name in lists[:1]
+        ),
+    ]
 
 
 def _label_doubts(guess: Guess, profile: Profile) -> list[str]:

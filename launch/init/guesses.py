@@ -87,6 +87,7 @@ def _objective_of(wish: Wish) -> str | None:
     if wish.objective is not None and wish.objective not in SETTINGS:
         near = difflib.get_close_matches(wish.objective, SETTINGS, n=1, cutoff=0)[0]
         accepted = ", ".join(SETTINGS)
+        refusals.refuse_objectives_by_hand(wish.objective, accepted)
         raise BadInput(f"--objective: {wish.objective!r} found; did you mean {near}? accepted: {accepted}")
     fitting = [name for name, settings in SETTINGS.items() if set(wish.columns) <= set(settings)]
     if wish.objective is not None and wish.objective not in fitting:

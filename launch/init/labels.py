@@ -30,6 +30,8 @@ _NO_LABELS = re.compile(
 )
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of snake_case and camelCase
 
+NUMBERS = "to learn numbers, set objective.problem=regression in a config of your own"
+
 _MOST_CLASSES = 500
 _MOST_WEAK_CLASSES = 20  # of a column that is not named like a label
 _MOST_FRACTIONS = 20  # different numbers that training takes for classes
@@ -61,19 +63,22 @@ def why_no_label(column: Column) -> str | None:
         case "empty":
             return "is empty"
         case "list":
-            return "holds lists: several labels in a row (multi-label) are not supported yet"
+            return "holds lists, for which init writes no config: set objective.problem=multi_label in one of your own"
         case "object" | "chat":
             return "holds nested values, which must be flattened to columns first"
         case "mixed":
             return "holds values of several types"
         case "number":
-            return f"holds numbers with fractions, such as {column.example}"
+            return f"holds numbers with fractions, such as {column.example}; {NUMBERS}"
+    numbers = f"; {NUMBERS}" if column.type == "whole number" else ""
     if column.distinct < 2:
         return f"has one value only ({column.example})"
     if column.distinct > _MOST_CLASSES:
-        return f"has {column.distinct:,} different values, more than {_MOST_CLASSES}"
+        return f"has {column.distinct:,} different values, more than {_MOST_CLASSES}{numbers}"
     if column.distinct > column.filled / 2:
-        return f"has {column.distinct:,} different values in {column.filled:,} rows, fewer than two rows for each"
+        return (
+            f"has {column.distinct:,} different values in {column.filled:,} rows, fewer than two rows for each{numbers}"
+        )
     return None
 
 

@@ -21,12 +21,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from serving.directory import MANIFEST, check_files, current, identity, read_manifest
+from serving import exportable
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
 from serving.export.attention import ExportError, KvShape
 from serving.export.probe import probe, refusal
 
-# What can be exported: the task of an objective, and how transformers loads a task's models.
-TASK_OF = {"causal_lm": "causal_lm", "sft": "causal_lm", "classification": "classification"}
+# How transformers loads the models of each task that can be exported.
 AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 MAPPINGS = {
     "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -110,16 +110,8 @@ def open_source(path: Path) -> Source:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder, "model")
         check_files(folder, manifest)
-        if manifest.get("strategy") == "adapter":
-            raise ExportError(
-                f"{folder}: strategy adapter cannot be exported: a bottleneck adapter cannot be merged into its base; "
-                "train with strategy.type lora instead, which is merged"
-            )
-        if manifest["objective"] not in TASK_OF:
-            accepted = ", ".join(TASK_OF)
-            raise ExportError(f"{folder}: objective {manifest['objective']} cannot be exported; accepted: {accepted}")
-        if manifest.get("text_pair"):
-            raise ExportError(f"{folder}: judges pairs of texts (data.text_pair); accepted: models of single texts")
+        if why := exportable.refusal(folder, manifest):
+            raise ExportError(f"{folder}: {why}")
     _check_files_present(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -135,7 +127,7 @@ def open_source(path: Path) -> Source:
     else:
         _check_labels(folder, config)
     facts = manifest or {}
-    if manifest is not None and TASK_OF[manifest["objective"]] != task:
+    if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
@@ -173,6 +165,8 @@ def _best_run(result: Path) -> Path:
 def _check_files_present(folder: Path) -> None:
     if not list(folder.glob("*.safetensors")):
         raise ExportError(f"{folder}: has no *.safetensors weights; save the model again with save_pretrained")
+    if name := foreign_weights(folder):
+        raise ExportError(f"{folder}: names {name!r} as a file of its weights, which is no safetensors file of it")
     if (folder / "adapter_config.json").exists():
         raise ExportError(f"{folder}: an unmerged adapter lies beside the weights; merge it, or move it to adapter/")
 

@@ -93,7 +93,7 @@ def refused(trivet, work, contents):
 def command():
     """Return a function that runs the real command in a process; `limits` are its rlimits, `module` goes after -m."""
 
-    def run(*arguments: object, module: str = "trivet", limits=(), env=None, timeout_s=120, **options):
+    def run(*arguments: object, module: str = "trivet", limits=(), env=None, timeout_s=600, **options):
         def lower():
             for name, value in limits:
                 resource.setrlimit(name, (value, value))

@@ -240,7 +240,7 @@ def test_a_folder_without_write_permission_is_named(work, made_run, error_of, na
     arguments, said = WRITERS[name]
     done = subprocess.run(
         [*WITHOUT_ROOTS_RIGHT, sys.executable, "-m", "trivet", *(text.format(locked) for text in arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     message = error_of(done.stderr)

@@ -64,7 +64,7 @@ def test_the_commands_that_we_compose_look_past_the_folder_where_one_stands(fore
 
     monkeypatch.chdir(foreign("trainer"))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    done = subprocess.run([*processes.python_module("launch.train")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*processes.python_module("launch.train")], capture_output=True, text=True, timeout=600)
     assert done.stderr == "usage: python -m launch.train CONFIG [section.key=value ...]\n"
     _, env = processes.accelerate_command(Path("x.yaml"), [], nproc=2, parallel="ddp")
     assert env["PYTHONSAFEPATH"] == "1"

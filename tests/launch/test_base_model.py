@@ -1,7 +1,9 @@
 """A base model that another config makes is made when it is missing, once, outside the launcher's world."""
 
 import fcntl
+import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from launch import base_model
 from launch.base_model import ensure_base_model
 from launch.config_file import ConfigError, load
+from serving.directory import BadInput
+from trainer import dataset
 from trainer.config import RunConfig
 
 BASE = """
@@ -71,3 +75,76 @@ def test_a_config_that_makes_another_folder_is_refused(tuned):
         ConfigError, match=r"model\.made_by: .*base\.yaml makes .*base/model, but model\.path is elsewhere"
     ):
         ensure_base_model(config)
+
+
+CLASSIFIER = """
+run: {name: tuned, dir: DIR, steps: 1}
+objective: {type: classification}
+model: {type: pretrained, path: DIR/base/model, made_by: base.yaml}
+data: {type: files, train: DIR/rows.jsonl, validation: DIR/held_out.jsonl}
+strategy: {type: full}
+batch: {rows: 2}
+"""
+TAGGER = CLASSIFIER.replace("{type: classification}", "{type: token_classification}")
+CHATS = CLASSIFIER.replace("{type: classification}", "{type: sft}")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+LABELLED = [{"text": f"text {i}", "label": "good" if i % 2 else "bad"} for i in range(20)]
+TAGGED = [{"tokens": ["a", "b"], "tags": ["X", "Y"]}]
+CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+
+
+@pytest.mark.parametrize(
+    ("config", "train", "held_out", "override", "said"),
+    [
+        (CLASSIFIER, LABELLED, LABELLED, "data.label=sentiment", "data.label: .*rows.jsonl, line 1 has no 'sentiment'"),
+        (CLASSIFIER, LABELLED, LABELLED, "data.text=body", "data.text: .*jsonl, line 1 has no 'body'"),
+        (CLASSIFIER, LABELLED, LABELLED, "data.train=no.csv", "no.csv: no such file"),
+        (CLASSIFIER, LABELLED, [{"text": "c", "label": "so"}], "run.seed=1", "line 1: 'so' is in no training row"),
+        (TAGGER, TAGGED, [{"tokens": ["a"], "tags": ["Z"]}], "run.seed=1", "line 1: 'Z' is in no training row"),
+        (CHATS, CHAT, [{"messages": "a"}], "run.seed=1", "held_out.jsonl, line 1"),
+        (CHATS, CHAT, CHAT, "batch.rows=3", "batch.rows: 3 rows cannot be shared by 2 processes"),
+    ],
+    ids=["label", "text", "file", "held-out label", "held-out tag", "held-out chat", "share of a batch"],
+)
+@pytest.mark.parametrize("is_dry", [True, False], ids=["dry run", "train"])
+def test_what_needs_no_model_is_refused_before_the_base_is_made(
+    tuned, trivet, monkeypatch, config, train, held_out, override, said, is_dry
+):
+    if "processes" in said and not is_dry:
+        pytest.skip("a run in one process takes any number of rows")
+    folder = tuned.parent
+    tuned.write_text(config.replace("DIR", str(folder)))
+    write_rows(folder / "rows.jsonl", train)
+    write_rows(folder / "held_out.jsonl", held_out)
+    monkeypatch.setattr(base_model.processes, "run_group", lambda *_: pytest.fail("the base was made"))
+    extra = ["--dry-run", "--nproc", "2"] if is_dry else []
+    code, out, err = trivet("train", tuned, override, *extra)
+    assert (code, out) == (2, ""), err
+    assert re.search(said, err), err
+    assert not list(folder.glob("*/")), "something was written"
+
+
+def test_a_dry_run_without_the_base_says_what_it_could_not_check(tuned, trivet):
+    code, out, err = trivet("train", tuned, "--dry-run")
+    assert code == 0, err
+    own, base, checked = out.splitlines()
+    assert "/tuned: its rows, columns and labels are checked; the rest of it once " in own
+    assert base.endswith("base.yaml, which is checked here")
+    assert re.search(r"/base: 2 steps of 1 rows, .*nothing was written", checked)
+
+
+def test_of_a_stream_only_the_first_rows_are_looked_at_before_the_base_is_made(tuned, monkeypatch):
+    folder = tuned.parent
+    tuned.write_text(CHATS.replace("DIR", str(folder)))
+    write_rows(folder / "rows.jsonl", CHAT * 5 + [{"messages": "a"}])
+    write_rows(folder / "held_out.jsonl", CHAT)
+    monkeypatch.setattr(dataset, "_CHECKED_ROWS", 5)
+    base_model.check_without_base(load(tuned, ["data.streaming=true", "data.leaks='off'"], RunConfig))
+    monkeypatch.setattr(dataset, "_CHECKED_ROWS", 6)
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 6"):
+        base_model.check_without_base(load(tuned, ["data.streaming=true", "data.leaks='off'"], RunConfig))

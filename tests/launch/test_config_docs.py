@@ -243,7 +243,7 @@ def on_a_terminal(arguments: list[str], columns: int) -> str:
             written += block
     except OSError:  # how Linux says that the other end has closed
         pass
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=600) == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", written.decode()).replace("\r\n", "\n")
 
 

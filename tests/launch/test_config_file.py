@@ -37,6 +37,7 @@ def config(tmp_path):
         (["run.steps=0"], r"run\.steps: 0 found; accepted: greater than or equal to 1"),
         (["optim.lr=.nan"], r"optim\.lr: nan found; accepted: .*finite"),
         (["optim.betas=[0.9, x]"], r"optim\.betas\.1: 'x' found; accepted: number"),
+        (["optim.lr=abc"], r"optim\.lr: 'abc' found; accepted: number$"),
         (["run.name=../up"], r"run\.name: '\.\./up' found"),
         (["strategy.type=magic"], r"strategy\.type: 'magic' found; accepted: 'scratch', 'full', 'linear_probe'"),
         (["strategy.type=full"], r"strategy\.type full does not fit model\.type new: use scratch"),

@@ -149,6 +149,36 @@ def test_lengths_are_counted_by_the_tokenizer_of_the_base_model(trivet, small_ba
     assert (config.model.path, config.model.made_by) == (str(small_base), None)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"reply": "we are sorry to hear that", "label": "late"}, ["`reply` is a text too", "data.text_pair"]),
+        ({"stars": 2.5}, ["`stars` holds numbers", "objective.problem=regression"]),
+        ({"topics": ["bags", "delay"]}, ["`topics` holds lists", "objective.problem=multi_label"]),
+    ],
+    ids=["pairs", "numbers", "lists"],
+)
+def test_a_column_that_only_a_config_by_hand_can_use_is_told_with_its_setting(trivet, more, words):
+    rows = [{"text": f"my bag number {n} did not come", **more} for n in range(60)]
+    if "label" in more:
+        rows = [{**row, "label": EXAMPLE_LABELS[n % 5]} for n, row in enumerate(rows)]
+    write("a.jsonl", rows)
+    code, out, err = trivet("init", "x", "--from", "a.jsonl")
+    assert code == 0, err
+    assert all(word in said(out) for word in words)
+
+
+def test_a_parquet_file_is_read_as_a_table(trivet):
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist(tweets()), "bags.parquet")
+    code, out, err = trivet("init", "bags", "--from", "bags.parquet", "--label", "mood")
+    assert code == 0, err
+    assert "late" in said(out)
+    config = config_file.load(Path("bags.yaml"), [], RunConfig)
+    assert (config.objective.type, str(config.data.train)) == ("classification", "bags.parquet")
+
+
 @pytest.fixture
 def small_base(tmp_path):
     """A model folder as far as `init` looks: a tokenizer of whole words, a size and a longest context."""

@@ -35,6 +35,14 @@ TEXTS = "".join(f'{{"text": "once upon a time {i}"}}\n' for i in range(60)).enco
         (["x", "--from", "a.csv"], "a.csv", b"en,de\na b c,d e f\n", ["nothing fits", "en (text), de (text)"]),
         (["x", "--from", "a.jsonl", "--text", "txet"], "a.jsonl", TEXTS, ["--text", "no column 'txet'", "mean 'text'"]),
         (["x", "--from", "a.jsonl", "--objective", "stf"], "a.jsonl", TEXTS, ["--objective: 'stf'", "mean sft?"]),
+        (
+            ["x", "--from", "a.jsonl", "--objective", "token_classification"], "a.jsonl", TEXTS,
+            ["writes no config for token_classification", "data.tokens and data.tags", "configs/tag.yaml"],
+        ),
+        (
+            ["x", "--from", "a.jsonl", "--objective", "masked_lm"], "a.jsonl", TEXTS,
+            ["writes no config for masked_lm", "objective.type=masked_lm", "configs/pretrain_encoder.yaml"],
+        ),
         (["x", "--from", "a.jsonl", "--objective", "sft"], "a.jsonl", TEXTS, ["sft does not fit its columns: text"]),
         (
             ["x", "--from", "a.jsonl", "--objective", "causal_lm", "--label", "text"], "a.jsonl", TEXTS,

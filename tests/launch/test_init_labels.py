@@ -68,12 +68,12 @@ def test_booleans_and_whole_floats_are_labels(trivet, values, labels):
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        (lambda i: i + 0.5, "'label' holds numbers with fractions, such as 0.5; to learn the plain text: --objective"),
+        (lambda i: i + 0.5, "such as 0.5; to learn numbers, set objective.problem=regression in a config of your own"),
         (
             lambda i: f"{i}",
-            "has 60 different values in 60 rows, fewer than two rows for each; to use ",
+            "60 different values in 60 rows, fewer than two rows for each; to learn numbers, set objective.",
         ),
-        (["a", "b"], "'label' holds lists: several labels in a row (multi-label) are not supported yet; to learn the"),
+        (["a", "b"], "'label' holds lists, for which init writes no config: set objective.problem=multi_label in "),
         ({"a": 1}, "'label' holds nested values, which must be flattened"),
         ("", "'label' is empty"),
     ],
@@ -95,9 +95,8 @@ def test_what_is_advised_about_an_unusable_label_works():
 def test_several_columns_of_0_and_1_are_several_labels():
     rows = table(text=prose, toxic=lambda i: i % 2, **{"severe threat": lambda i: f"{i // 2 % 2}"})
     message = refusal(rows)
-    assert (
-        "'toxic', 'severe threat' hold 0 and 1: several labels in a row (multi-label) are not supported yet" in message
-    )
+    assert "'toxic', 'severe threat' hold 0 and 1: several labels in a row, for which init writes no config" in message
+    assert "set objective.problem=multi_label" in message
     assert "--label toxic; to learn the plain text: --objective causal_lm" in message
     assert guessed(rows, label="severe threat").columns == {"text": "text", "label": "severe threat"}
 

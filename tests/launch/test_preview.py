@@ -43,7 +43,7 @@ def preview(work, tokenizer, trivet):
         chosen = ", chat_template: chat.jinja" if template else ""
         values = {
             "run": "{name: run, steps: 4}",
-            "objective": f"{{type: {objective}}}",
+            "objective": objective if objective.startswith("{") else f"{{type: {objective}}}",
             "model": SIZES % ("" if objective in ("causal_lm", "sft") else ", architecture: encoder"),
             "tokenizer": f"{{type: pretrained, path: tokenizer{chosen}}}",
             "data": "{type: files, train: rows.jsonl, validation: rows.jsonl}",
@@ -57,6 +57,10 @@ def preview(work, tokenizer, trivet):
     return run
 
 
+def legend(out: str) -> list[str]:
+    return [line.split()[1] for line in out.splitlines() if line.startswith("legend  ")]
+
+
 def stretches(out: str, kind: str) -> list[str]:
     return [line.split(" | ", 1)[1] for line in out.splitlines() if line.startswith(f"    {kind} | ")]
 
@@ -67,7 +71,31 @@ def test_a_chat_is_shown_with_what_the_assistant_says_as_learned(preview):
     # By hand from the template: <|role|>, a new line, the content, <|end|>.
     assert stretches(out, "context") == ["<|user|>\\na file?<|end|><|assistant|>\\n"]
     assert stretches(out, "learned") == ["yes<|end|>"]
-    assert [f"legend  {kind} {meaning}" for kind, meaning in LEGEND.items()] == out.splitlines()[: len(LEGEND)]
+    assert legend(out) == ["learned", "context"]
+
+
+def test_the_legend_has_the_kinds_that_are_shown_and_no_others(preview):
+    rows = [{"text": "the quick brown fox returns a list of lines"}] * 4
+    _, out, _ = preview("classification", [{"text": "the fox", "label": "a"}, {"text": "x", "label": "b"}])
+    assert "padding" in legend(out)
+    assert "masked" not in legend(out)
+    _, out, _ = preview("causal_lm", rows, "--rows", "1")
+    assert legend(out) == [kind for kind in LEGEND if f"    {kind} | " in out]
+
+
+@pytest.mark.parametrize(
+    ("problem", "label", "shown", "summary"),
+    [
+        ("multi_label", ["a", "b"], "labels a, b", "every label learned"),
+        ("regression", 7, "number 7", "one number a row learned"),
+    ],
+)
+def test_what_a_text_is_given_is_called_by_its_name(preview, problem, label, shown, summary):
+    objective = f"{{type: classification, problem: {problem}}}"
+    _, out, err = preview(objective, [{"text": "the fox", "label": label}])
+    assert stretches(out, "learned")[0] == shown, err
+    assert summary in out
+    assert "one label a row" not in out
 
 
 def test_the_documents_of_a_packed_row_are_shown_apart(preview, tokenizer):
@@ -240,6 +268,24 @@ def test_counts_are_those_of_the_data(preview, tokenizer):
     num_rows = -(-5 // per_row)
     assert f"{num_rows} rows of a batch" in out
     assert "left out  nothing" in out
+
+
+def test_every_piece_of_a_word_that_learns_its_tag_is_shown_with_it(preview):
+    rows = [{"tokens": ["zebra", "fox"], "tags": ["B-X", "O"]}] * 4
+    code, out, _ = preview("{type: token_classification, tag_all_pieces: true}", rows, "--rows", "1")
+    assert code == 0
+    document = out.split("document 1")[1].split("document 2")[0]
+    pieces = [text.rsplit(" = ", 1) for text in stretches(document, "learned")]
+    assert "".join(piece for piece, tag in pieces if tag == "B-X") == "zebra"
+    assert len([tag for _, tag in pieces if tag == "B-X"]) > 1
+    assert "".join(piece for piece, tag in pieces if tag == "O").strip() == "fox"
+
+
+def test_answers_that_are_all_empty_are_refused_since_only_the_stop_token_is_learned(preview):
+    code, _, err = preview("sft", [{"prompt": "a file?", "completion": ""}] * 4)
+    assert code == 2
+    assert "the assistant says nothing" in err
+    assert "only the stop token '<|end|>' is learned" in err
 
 
 def test_rows_that_cannot_be_learned_from_are_told_with_the_reason(preview):

@@ -111,6 +111,17 @@ def test_stages_are_moved_into_the_few_steps(work, num_stages, steps):
 
 
 @pytest.mark.slow
+def test_a_run_is_killed_after_a_step_that_it_skipped_too(work):
+    """With such a rate the first step makes every loss of the next ones infinite or none."""
+    quiet = ["log.trackers=[]", "log.sample_text=0"]
+    bad = ["optim.lr=1e30", "optim.warmup_steps=0", "optim.on_non_finite=skip"]
+    config = config_file.load(work / "mine.yaml", [*bad, *quiet], RunConfig)
+    verify_runs.kill_after(3, config, work)
+    lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines][-1] == ("skip", 3)
+
+
+@pytest.mark.slow
 def test_a_run_that_ends_before_it_can_be_killed_is_told(work):
     config = config_file.load(
         work / "mine.yaml", ["data.train=missing.txt", "log.trackers=[]", "log.sample_text=0"], RunConfig

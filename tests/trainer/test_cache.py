@@ -146,7 +146,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 
 def test_one_of_several_processes_builds_and_the_others_wait_for_it():
-    outputs = [process.communicate(timeout=60)[0] for process in [start() for _ in range(4)]]
+    outputs = [process.communicate(timeout=600)[0] for process in [start() for _ in range(4)]]
     assert sum("building" in output for output in outputs) == 1
     assert all(output.endswith("got 100 100\n") for output in outputs)
 
@@ -156,10 +156,10 @@ def test_after_kill_9_in_a_build_the_next_process_builds_at_once(own_cache):
     assert killed.stdout is not None
     assert killed.stdout.readline() == "building\n"
     waiting = start()
-    killed.communicate("\n", timeout=60)
+    killed.communicate("\n", timeout=600)
     assert killed.returncode == -signal.SIGKILL
-    assert waiting.communicate(timeout=60)[0] == "building\ngot 100 100\n"
-    assert start().communicate(timeout=60)[0] == "got 100 100\n"
+    assert waiting.communicate(timeout=600)[0] == "building\ngot 100 100\n"
+    assert start().communicate(timeout=600)[0] == "got 100 100\n"
     left = {path.name for path in (own_cache / "examples").iterdir()}
     assert left == {KEY, f"{KEY}.seen.json", f".{KEY}.lock"}
 
@@ -171,8 +171,8 @@ def test_whoever_waits_long_says_so():
     second = start()
     assert second.stderr is not None
     assert second.stderr.readline() == "waiting for another process that prepares the same data\n"
-    first.communicate("\n", timeout=60)
-    assert second.communicate(timeout=60) == ("got 100 100\n", "")
+    first.communicate("\n", timeout=600)
+    assert second.communicate(timeout=600) == ("got 100 100\n", "")
 
 
 def test_a_fact_is_found_once_and_found_again_where_it_is_altered(own_cache):

@@ -144,10 +144,22 @@ def test_a_label_that_names_no_class_is_refused(label):
         ([{"text": "a", "label": float("nan")}], {"problem": "regression"}, "row 1: nan found; expected a number"),
         ([{"text": "a", "label": "inf"}], {"problem": "regression"}, "row 1: 'inf' found; expected a number"),
         ([{"text": "a", "label": 1e39}], {"problem": "regression"}, "row 1: 1e+39 found; expected a number"),
+        # Its square is infinite in fp32, so the loss would be.
+        ([{"text": "a", "label": 1e30}], {"problem": "regression"}, "1e+30 found; expected a number up to 1e+18"),
         ([{"text": "a", "label": True}], {"problem": "regression"}, "row 1: True found; expected a number"),
         ([{"text": "a", "label": [1]}], {"problem": "regression"}, "row 1: [1] found; expected a number"),
         ([{"text": "a", "label": ""}], {"problem": "regression"}, "row 1: '' found; expected a number"),
-        ([{"text": "a", "label": None}], {"problem": "regression"}, "data.label: row 1 has no 'label'"),
+        ([{"text": "a", "label": None}], {"problem": "regression"}, "data.label: row 1 has nothing (null) in 'label'; "
+         "mend the row, or set data.skip_bad_rows=true"),
+        # As a csv file from pandas or json has it: the brackets and quotes would be parts of the names.
+        ([{"text": "a", "label": "['x', 'y']"}], {"problem": "multi_label"}, "found, a list written as text; expected "
+         "names with ';' between, or a list in .jsonl"),
+        # What nobody means to be two classes, and an eye takes for one.
+        ([{"text": "a", "label": label} for label in ("pos", "neg", "pos ")], {}, "data.label: 'pos' and 'pos ' look "
+         "the same, but for white space or the encoding of letters; spell them alike, or name every label"),
+        ([{"text": "a", "label": label} for label in ("caf\u00e9", "cafe\u0301", "bar")], {},
+         "data.label: 'cafe\\u0301' and 'caf\\xe9' look the same"),
+        ([{"text": "a", "label": ["x", " x"]}], {"problem": "multi_label"}, "data.label: ' x' and 'x' look the same"),
     ],
 )  # fmt: skip
 def test_labels_that_do_not_fit_the_problem_are_refused_in_one_line(tokenizer, rows, settings, said):
@@ -155,6 +167,12 @@ def test_labels_that_do_not_fit_the_problem_are_refused_in_one_line(tokenizer, r
         build(rows, **settings).encode(rows, tokenizer, 16)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_that_look_the_same_are_two_where_they_are_listed(tokenizer):
+    rows = [{"text": "a", "label": label} for label in ("pos", "neg", "pos ")]
+    objective = build(rows, labels=["pos", "neg", "pos "])
+    assert [int(each.targets[0]) for each in objective.encode(rows, tokenizer, 16)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ import signal
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from serving.directory import BadInput
-from trainer import build, encoding
+from trainer import audit, build, encoding
 from trainer.dataset import make_feed, prepare_data
 from trainer.objectives.causal_lm import CausalLMObjective
+from trainer.packing import Encoded, Example
+from trainer.rows import KeptRows
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -261,6 +264,20 @@ def test_ranks_read_a_stream_together_as_one_process_does(make_config, data_file
         assert together == [batch["input_ids"].tolist() for batch in alone.micro_batches(step)]
 
 
+def test_a_run_on_a_stream_says_once_what_it_left_out_of_it(make_config, train, tmp_path, write_rows, capfd):
+    answered = [{"prompt": f"list {n}", "completion": "lines"} if n % 4 else {"prompt": "no answer"} for n in range(40)]
+    silent = {"prompt": "long " * 60, "completion": "lines"}
+    path = write_rows(tmp_path / "rows.jsonl", [*answered, silent])
+    data = {**STREAM, "train": str(path), "validation": str(path), "skip_bad_rows": True}
+    config = make_config("sft", "full", run={"name": "stream", "steps": 30}, data=data)  # several epochs
+    assert train(config) == 0
+    said = capfd.readouterr().err.splitlines()
+    end = said[-3:]
+    assert f"left out 10 rows of the stream: 10 without 'completion' (first: {path}, line 1)" in end
+    # One of the stream, however many epochs were read, and one of the held-out rows.
+    assert any(line.startswith("left out 2 rows: the assistant says nothing") for line in end)
+
+
 def test_a_dry_run_reads_no_stream_to_its_end(make_config, encoded_parts, capsys):
     from launch.train import dry_run
 
@@ -312,7 +329,7 @@ from pathlib import Path
 from launch import config_file
 from trainer.config import RunConfig
 from trainer.encoding import stored_examples
-from trainer import build, encoding
+from trainer import audit, build, encoding
 os.environ["TRIVET_CACHE"] = {str(own_cache)!r}
 encoded = encoding.encoded
 encoding.encoded = lambda *args: (print("encoding"), encoded(*args))[1]
@@ -325,3 +342,47 @@ assert os.waitpid(pids[0], 0)[1] == 0
     exit_code, output = child(code)
     assert exit_code == 0, output
     assert output.count("encoding") == 2  # the training rows and the held-out ones, each by one of the two
+
+
+class Letters:
+    """A tokenizer that makes a token of each letter."""
+
+    eos_token_id = 0
+
+
+class ByLetters:
+    """An objective whose examples are texts, cut at the longest length."""
+
+    section, labels = SimpleNamespace(type="classification"), None
+
+    def encode(self, rows, tokenizer, max_length, first=0):
+        ids = [np.ones(min(len(row["text"]), max_length), np.int32) for row in rows]
+        return Encoded(Example(each, each) for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        # By hand: 10 + 10 + 30 tokens, of which 10 are lost.
+        ([10, 10, 30], "cut: 1 examples of 3 training rows are longer than batch.max_length 20: 20.0% of all tokens"),
+        ([20, 20], None),
+        ([20] * 98 + [21], None),  # 1 of 1,981 tokens
+        ([30] * 1001, "cut: 1,000 examples of the first 1,000 training rows are longer"),
+    ],
+)
+def test_what_is_cut_is_told_where_it_is_more_than_a_hundredth(own_cache, lengths, said):
+    rows = KeptRows([{"text": "a" * length} for length in lengths])
+    told = audit.tell_cut(ByLetters(), rows, Letters(), 20, {})
+    assert [said in line for line in told] == ([True] if said else [])
+
+
+def test_a_run_says_rows_where_rows_are_and_what_is_cut_of_chats(make_config, own_cache, write_rows, tmp_path, capsys):
+    chat = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "so " * 300}]
+    silent = [{"role": "user", "content": "Say " * 300}, {"role": "assistant", "content": "so"}]
+    train = write_rows(tmp_path / "t.jsonl", [{"messages": chat}] * 5 + [{"messages": silent}] * 2)
+    held_out = write_rows(tmp_path / "h.jsonl", [{"messages": chat}])
+    data = {"type": "files", "train": str(train), "validation": str(held_out), "leaks": "off"}
+    build.build(make_config("sft", "lora", data=data))
+    said = capsys.readouterr().err
+    assert "7 training and 1 held-out rows; training on 5 examples in 5 rows of a batch" in said
+    assert "cut: 7 examples of 7 training rows are longer than batch.max_length" in said

@@ -1,6 +1,7 @@
 """Each class of exactness holds, and says so when it does not: the code is broken once for each."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -150,6 +151,67 @@ def test_documents_that_see_each_other_are_seen(runs, monkeypatch):
     # What tells documents apart is broken too: their bounds are where positions start again.
     monkeypatch.setattr(exactness, "documents", by_positions)
     assert failed(verify_training.packing(made))
+
+
+@pytest.mark.parametrize("leak", ["one token", "two documents"])
+def test_a_leak_between_two_documents_is_seen_in_the_gradients(runs, monkeypatch, leak):
+    made = runs("sft", "full")
+    sums = made.parts.objective.sums
+
+    def leaky(model, batch):
+        ends = batch["attention_mask"].clone()
+        if leak == "one token":
+            ends[..., 1] -= 1  # the second document begins with the last token of the first
+        else:
+            ends = torch.cat([ends[..., :1], ends[..., 2:]], -1)
+        return sums(model, batch | {"attention_mask": ends})
+
+    batch = next(made.parts.feed.micro_batches(0))
+    gradients = []
+    for each in (sums, sums, leaky):
+        each(made.parts.model, batch)["loss"].backward()
+        gradients.append(exactness._take_gradients(made.parts.model))
+    assert exactness.gradient_deviation(*gradients[:2]) <= exactness.ROUNDING
+    assert exactness.gradient_deviation(gradients[0], gradients[2]) > 100 * exactness.ROUNDING
+
+
+def test_the_deviation_of_gradients_worked_by_hand():
+    first = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}  # of length 5
+    second = {"a": torch.tensor([3.0, 3e-4]), "b": torch.tensor([4.0 + 4e-4])}
+    assert exactness.gradient_deviation(first, second) == pytest.approx(1e-4, rel=1e-2)
+    assert exactness.gradient_deviation(first, first) == 0
+    for broken in ({"a": first["a"]}, first | {"b": torch.tensor([math.nan])}, first | {"b": torch.tensor([math.inf])}):
+        assert exactness.gradient_deviation(first, broken) == math.inf
+        assert exactness.gradient_deviation(broken, first) == math.inf
+
+
+def test_gradients_that_are_no_number_are_seen(runs):
+    made = runs("sft", "full")
+    weight = next(made.parts.model.parameters())
+    real = made.parts.objective.sums
+
+    def poisoned(model, batch):
+        found = real(model, batch)
+        found["loss"].register_hook(lambda grad: grad * math.nan)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made.parts.objective, "sums", poisoned)
+        assert weight.requires_grad
+        assert failed(verify_training.packing(made))
+
+
+def test_runs_whose_last_step_is_skipped_are_compared_too(runs, monkeypatch):
+    """With a scale that fp16 cannot bear no step of these is taken; the weights at the end are those of the start."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**60))
+    made = runs(precision={"type": "fp16"})
+    assert verify_training.same_run_twice(made).ok
+    assert made.whole.after == made.whole.before
+    assert verify_training.saved(made).ok
+    check = verify_training.only_claimed(made)
+    assert failed(check)
+    assert check.note == "nothing changed at all"
 
 
 def by_positions(batch):

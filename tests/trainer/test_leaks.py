@@ -101,6 +101,39 @@ def test_a_sketch_does_not_depend_on_the_texts_around_it():
     assert together.smallest.shape == (len(texts), SIZE)
 
 
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The number of pairs of texts that are compared, added up."""
+    counts = []
+    real = leaks.shares
+    monkeypatch.setattr(leaks, "shares", lambda a, b, pairs: (counts.append(len(pairs[0])), real(a, b, pairs))[1])
+    return counts
+
+
+def test_the_shortest_texts_that_can_be_nearly_equal_are_compared(found, compared):
+    # Of 8 words and 6 runs each, 5 in common: 5 / 7 of all, and no two such texts have fewer in common.
+    words = document(0, 9).split()
+    one, other = " ".join(words[:8]), " ".join(words[1:])
+    assert jaccard(one, other) == pytest.approx(5 / 7)
+    [pair] = found([one], [other]).leaks["pairs"]
+    assert (pair["exact"], pair["near"], sum(compared)) == (0, 1, 1)
+
+
+def test_texts_with_a_phrase_in_common_are_not_compared(found, compared):
+    def looked_up(text: str) -> set[int]:
+        return set(sketch([text]).smallest[0, :16].tolist())
+
+    phrase = document(0, 5)
+    texts = [f"{phrase} {document(seed, 20)}" for seed in range(1, 40)]
+    pairs = [(a, b) for a in texts for b in texts if len(looked_up(a) & looked_up(b)) == 3]
+    assert pairs, "some share the three runs of the phrase"
+    assert found([pairs[0][0]], [pairs[0][1]]).leaks["pairs"][0]["near"] == 0
+    assert sum(compared) == 0
+
+
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def test_the_model_and_its_adapter_load_in_a_process_without_trivet(make_config,
     logits = trained_logits(config)
     folder, output = config.run.folder / "model", tmp_path / "logits.safetensors"
     command = [sys.executable, "-c", LOAD_WITHOUT_TRIVET, str(folder), base_model, str(output)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     loaded = load_file(output)
     assert torch.equal(loaded["unmerged"], logits)

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from serving.directory import BadInput
-from trainer import build, hub, model_folder, models
+from serving import directory
+from serving.directory import BadInput, DirectoryError
+from serving.export.attention import ExportError
+from serving.export.source import open_source
+from trainer import build, hub, model_dir, model_folder, models
 from trainer.config import PretrainedModel
 from trainer.tokenizers import load_tokenizer
 
@@ -105,6 +108,44 @@ def test_a_pickle_is_never_read(base, refusal, make_config, tokenizer, tmp_path,
     assert not canary.exists()
     pickle.loads((base / name).read_bytes())
     assert canary.exists(), "the trap works"
+
+
+@pytest.mark.parametrize("how", ["index", "config", "index that the config names"])
+def test_a_pickle_that_stands_in_the_list_of_weights_is_never_read(base, make_config, tokenizer, tmp_path, how):
+    """transformers goes by the names in that list, whatever `use_safetensors` says."""
+    weights, canary = load_file(base / "model.safetensors"), tmp_path / "ran"
+    name = "model.safetensors" if how == "index" else "adapter_model.bin"
+    torch.save({"weight": Trap(canary)}, base / "adapter_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "adapter_model.bin")}
+    if how == "index":
+        (base / "model.safetensors").rename(base / "other.safetensors")
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        if how != "config":
+            name = "named.safetensors.index.json"
+            (base / name).write_text(json.dumps(index))
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    said = rf"^model\.path: {base}: names 'adapter_model\.bin' as a file of its weights; accepted: safetensors files"
+    with pytest.raises(BadInput, match=said):
+        build.build(make_config("sft", "full", model={"path": str(base)}))
+    with pytest.raises(BadInput, match=said):  # as of a hub name, whose folder is not seen before
+        models.build_model(PretrainedModel(type="pretrained", path=str(base)), tokenizer, "AutoModelForCausalLM", None)
+    with pytest.raises(ExportError, match=r"names 'adapter_model\.bin' as a file of its weights"):
+        open_source(base)
+    directory.seal(base, "model")
+    with pytest.raises(DirectoryError, match=r"names 'adapter_model\.bin' as a file of its weights"):
+        model_dir.load(base)
+    assert not canary.exists()
+
+
+def test_a_weight_file_elsewhere_is_not_read(base, tmp_path, tokenizer):
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../elsewhere.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match=r"names '\.\./elsewhere\.safetensors' as a file of its weights"):
+        models.build_model(PretrainedModel(type="pretrained", path=str(base)), tokenizer, "AutoModelForCausalLM", None)
 
 
 def test_the_command_that_is_given_converts_weights_and_runs_no_trap(base, refusal, make_config, tmp_path):

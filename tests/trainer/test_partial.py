@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from serving.directory import BadInput
 from trainer.config import AdamW, Partial
 from trainer.optim import build_optimizer
-from trainer.strategies import STRATEGIES, tell_learning, unfreeze
+from trainer.strategies import STRATEGIES, tell_learning, tell_tied, unfreeze
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -39,6 +39,22 @@ def learning(model: torch.nn.Module) -> set[str]:
 )  # fmt: skip
 def test_a_pattern_is_of_a_weight_or_of_a_module_around_weights(tiny_model, patterns, expected):
     assert learning(partial(tiny_model("Llama", "CausalLM"), *patterns)) == expected
+
+
+@pytest.mark.parametrize(
+    ("patterns", "told"),
+    [
+        (["lm_head"], ["model.embed_tokens.weight learns too: this model's lm_head.weight is the same weight"]),
+        (["model.embed_tokens"], ["lm_head.weight learns too: this model's model.embed_tokens.weight is the same"]),
+        (["lm_head", "model.embed_tokens"], []),
+        (["model.norm"], []),
+    ],
+)
+def test_a_weight_that_learns_because_it_is_tied_to_a_named_one_is_told(tiny_model, patterns, told):
+    model = partial(tiny_model("Llama", "CausalLM"), *patterns)
+    said = tell_tied(model, Partial(type="partial", train=patterns))
+    assert len(said) == len(told)
+    assert all(expected in line for expected, line in zip(told, said, strict=True))
 
 
 def test_a_classifiers_head_always_learns(tiny_model):

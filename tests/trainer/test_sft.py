@@ -109,8 +109,9 @@ def test_text_after_the_end_token_carries_no_loss(objective, with_template):
 )
 def test_a_template_that_would_be_masked_wrongly_is_refused(objective, with_template, template, said):
     with pytest.raises(BadInput) as caught:
-        objective.encode([{"messages": CHAT}], with_template(template), 128)
+        objective.encode([{"messages": CHAT}], with_template(template), 128, 6)
     assert said in str(caught.value)
+    assert template is None or str(caught.value).endswith("(seen at row 7)"), "few rows may have what shows it"
 
 
 CHATML = (

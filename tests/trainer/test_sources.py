@@ -189,6 +189,23 @@ def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(tmp_path, wri
     assert same.left_out == ()
 
 
+def test_where_the_labels_are_listed_rows_with_others_are_left_out_and_held_out_rows_with_listed_ones_are_kept(
+    tmp_path, write_rows
+):
+    rows = [{"text": str(n), "label": label} for n, label in enumerate("xyxyw")]
+    train = write_rows(tmp_path / "a.jsonl", rows)
+    held = write_rows(tmp_path / "b.jsonl", [{"text": "f", "label": "z"}, {"text": "g", "label": "w"}])
+    for streaming in (False, True):
+        data = FileData(type="files", train=train, validation=held, skip_bad_rows=True, streaming=streaming)
+        splits = read_splits(data, "classification", ["x", "y", "z"])
+        assert [row["label"] for row in splits.train] == ["x", "y", "x", "y"]
+        assert [row["label"] for row in splits.held_out] == ["z"], "nobody learned it, and it is an output of the model"
+    splits = read_splits(data.model_copy(update={"streaming": False}), "classification", ["x", "y", "z"])
+    assert tell_left_out(splits) == (
+        f"left out 2 of 7 rows: 2 whose label is not in objective.labels (first: {train}, line 5)"
+    )
+
+
 def test_a_run_says_what_it_leaves_out_and_is_the_run_on_the_rest(tmp_path, write_rows, make_config, train, capfd):
     good = [{"text": f"list number {i}", "label": "ab"[i % 2]} for i in range(20)]
     clean, dirty = (write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((good, [{"text": ""}, *good])))

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from trainer.columns import text_of
 from trainer.config import FileData
 from trainer.data_files import DataError
+from trainer.left_out import left_out_of
 from trainer.sources import read_splits
 
 ROWS = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(400)]
@@ -118,6 +119,26 @@ def test_bad_rows_of_a_stream_are_passed_over_or_named(files, tmp_path, write_ro
     row = read_splits(files(**settings), "causal_lm").train[1]
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2 has no 'text'"):
         text_of(row, 0, files())
+
+
+def test_what_is_left_out_of_a_stream_is_counted_apart_from_passes_over_other_parts(files, tmp_path, write_rows):
+    write_rows(tmp_path / "rows.jsonl", [{"text": f"a {n}"} if n % 3 else {"n": n} for n in range(60)])
+    splits = read_splits(files(skip_bad_rows=True, streaming=True), "causal_lm")
+    reading = iter(splits.train)
+    for _ in range(10):
+        next(reading)
+    list(splits.held_out)  # an evaluation in between
+    list(reading)
+    [met] = left_out_of(splits.train)
+    assert (met.reason, met.count) == ("without 'text'", 20)
+    next(iter(splits.train))  # another epoch begins: what is known stays known
+    assert left_out_of(splits.train) == (met,)
+
+
+def test_a_stream_that_holds_out_nothing_says_which_setting_to_change(files, tmp_path, write_rows):
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"data\.validation_fraction: 0\.01 holds out none of .*rows\.jsonl"):
+        read_splits(files(streaming=True, validation_fraction=0.01), "causal_lm")
 
 
 def test_a_stream_without_rows_is_refused(files, tmp_path):

@@ -221,3 +221,18 @@ def test_rows_longer_than_the_tokenizer_says_are_refused_unless_told_otherwise(m
         build.build(make_config("causal_lm", "full", **changes))
     built = build.build(make_config("causal_lm", "full", **changes, tokenizer={"type": "pretrained", "max_length": 64}))
     assert built.tokenizer.model_max_length == 64
+
+
+def test_words_without_an_end_are_cut_for_learning_and_other_texts_are_learned_as_they_are(monkeypatch):
+    given: list[str] = []
+    learn = ALGORITHMS["bpe"]
+
+    def listen(texts, *rest, **settings):
+        return learn([given.append(text) or text for text in texts], *rest, **settings)
+
+    monkeypatch.setitem(ALGORITHMS, "bpe", listen)
+    texts = ["a list of lines", " \n", "x" * 999, f"a {'x' * 2500} b", " " * 1001 + "c"]
+    train_tokenizer(texts, 300, 64)
+    # BPE takes the square of the longest word in time: it would never be done with a line of some megabytes.
+    cut = ["x" * 1000, "x" * 1000, "x" * 500]
+    assert given == ["a list of lines", " \n", "x" * 999, "a ", *cut, " b", " " * 1000, " ", "c"]

@@ -24,7 +24,10 @@ class Stepping(Section):
         None, gt=0, le=1, description="The same as a part of the run (wsd); with neither, a tenth."
     )
     floor: float = Field(
-        0.1, ge=0, le=1, description="Last learning rate as a part of the peak (cosine, linear and wsd)."
+        0.1,
+        ge=0,
+        le=1,
+        description="Part of the peak that the rate falls to, one step after the last (cosine, linear, wsd).",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",

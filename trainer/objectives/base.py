@@ -20,6 +20,7 @@ class Objective(ABC):
     head: str  # the AutoModelFor... class of transformers
     score: tuple[str, str]  # the metric that ranks runs, and "min" or "max"
     packs: bool  # a row of a batch holds several examples, up to the longest length; else one
+    loses_rest: bool = False  # of what is longer than the longest length, the rest goes on in no other example
     labels: list[str] | None = None
     logits_at_once: int | None = None  # the most rows of logits that the loss holds, where it never holds all
     problem_type: str | None = None  # for the model's config: which loss transformers computes on labels
@@ -44,6 +45,11 @@ class Objective(ABC):
     @abstractmethod
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         """The plain text in the rows, for training a tokenizer."""
+
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Read the rows as `encode` will, without a tokenizer. Raises BadInput for the first that it would refuse."""
+        for _ in self.texts(rows):
+            pass
 
     @abstractmethod
     def encode(

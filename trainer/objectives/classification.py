@@ -14,6 +14,7 @@ from trainer.objectives.problem import Problem, stacked_targets
 from trainer.objectives.regression import Regression
 from trainer.objectives.single_label import SingleLabel
 from trainer.packing import Batch, Encoded, Example, Row, collate_padded
+from trainer.tokenizers import keeps_pairs_apart
 
 PROBLEMS: dict[str, type[Problem]] = {
     "single_label": SingleLabel,
@@ -25,6 +26,7 @@ PROBLEMS: dict[str, type[Problem]] = {
 class ClassificationObjective(Objective):
     head = "AutoModelForSequenceClassification"
     packs = False
+    loses_rest = True
 
     def __init__(self, section: Any, data: Any, train: Iterable[dict[str, Any]]) -> None:
         super().__init__(section, data, train)
@@ -39,6 +41,11 @@ class ClassificationObjective(Objective):
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for index, row in enumerate(rows):
             yield from (text for text in pair_of(row, index, self.columns) if text is not None)
+
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        for index, row in enumerate(rows):
+            pair_of(row, index, self.columns)
+            self.problem.targets(row, index)
 
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0
@@ -82,7 +89,7 @@ def _tokens(
     """
     texts = [text for text, _ in pairs]
     others = [other for _, other in pairs if other is not None]
-    if others and not _keeps_apart(tokenizer):
+    if others and not keeps_pairs_apart(tokenizer):
         yield from ((ids, None) for ids in _joined(texts, others, tokenizer, max_length))
         return
     encoded = tokenizer(texts, others or None, truncation=True, max_length=max_length)
@@ -92,11 +99,6 @@ def _tokens(
             np.asarray(ids or [tokenizer.eos_token_id], np.int32),
             np.asarray(types[i], np.int32) if types is not None else None,
         )
-
-
-def _keeps_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts a special token between the texts of a pair."""
-    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
 
 
 def _joined(

@@ -12,7 +12,7 @@ from trainer import scores
 from trainer.columns import labels_of
 from trainer.config import Classification, Columns
 from trainer.objectives.base import Sums, Totals
-from trainer.objectives.problem import Problem, label_weights, number_of_label
+from trainer.objectives.problem import Problem, check_apart, label_weights, number_of_label
 from trainer.sources import DataError
 
 
@@ -30,6 +30,8 @@ class MultiLabel(Problem):
         self.labels = list(section.labels) if section.labels is not None else sorted(found)
         if not self.labels:
             raise DataError("data.label: no training row has a label; at least one is needed")
+        if not self.listed:
+            check_apart(self.labels)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         counts = np.array([found[label] for label in self.labels], float)
         with np.errstate(divide="ignore"):

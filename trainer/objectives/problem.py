@@ -1,5 +1,6 @@
 """What is answered about a text: one label, several, or a number. Each is a Problem, and knows no texts or tokens."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -72,6 +73,18 @@ def number_of_label(
             "row, or name every label in objective.labels"
         )
     return numbers[label]
+
+
+def check_apart(labels: Sequence[str], setting: str = "label") -> None:
+    """Raise DataError for two labels that look the same: no one means them to be two classes."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        looks = " ".join(unicodedata.normalize("NFC", label).split())
+        if (other := seen.setdefault(looks, label)) is not label:
+            raise DataError(
+                f"data.{setting}: {other!a} and {label!a} look the same, but for white space or the encoding "
+                "of letters; spell them alike, or name every label in objective.labels"
+            )
 
 
 def label_weights(section: Classification, labels: list[str], balanced: np.ndarray) -> torch.Tensor | None:

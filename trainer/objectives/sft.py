@@ -15,6 +15,8 @@ from trainer.sources import DataError
 
 
 class SFTObjective(CausalLMObjective):
+    loses_rest = True
+
     def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise BadInput("tokenizer: has no chat template; sft needs one: use the tokenizer of a chat model")
@@ -30,10 +32,13 @@ class SFTObjective(CausalLMObjective):
         self.use(tokenizer)
         examples = Encoded()
         for index, row in enumerate(rows, first):
+            messages = chat_of(row, index, self.columns)
             try:
-                ids, trained = encode_chat(chat_of(row, index, self.columns), tokenizer)
+                ids, trained = encode_chat(messages, tokenizer)
             except TemplateError as error:
                 raise DataError(f"data: {place(row, index)}: the chat template refuses it ({error}); mend it") from None
+            except BadInput as error:
+                raise BadInput(f"{error} (seen at {place(row, index)})") from None
             targets = np.where(trained[1:], ids[1:], IGNORED)[:max_length]
             if (targets != IGNORED).any():
                 examples.append(Example(ids[:-1][:max_length], targets))
@@ -66,11 +71,17 @@ def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple
         prompt = _render(messages[:i], tokenizer, add_generation_prompt=True)
         said = _render(messages[: i + 1], tokenizer)
         if not said.startswith(prompt) or not text.startswith(said):
-            raise BadInput("tokenizer: its chat template is not prefix-preserving, so assistant turns cannot be masked")
+            raise BadInput(
+                "tokenizer: its chat template is not prefix-preserving, so assistant turns cannot be masked; set "
+                "tokenizer.chat_template to one that only appends"
+            )
         inside = (starts >= len(prompt)) & (starts < len(said))
         ends = np.flatnonzero(inside & (ids == tokenizer.eos_token_id))
         if not len(ends):
-            raise BadInput(f"tokenizer: its chat template does not end a turn with {tokenizer.eos_token!r} (eos_token)")
+            raise BadInput(
+                f"tokenizer: its chat template does not end a turn with {tokenizer.eos_token!r} (eos_token); set "
+                "tokenizer.chat_template to one that does"
+            )
         trained |= inside & (np.arange(len(ids)) <= ends[-1])
     return ids, trained
 

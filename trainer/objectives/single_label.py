@@ -13,7 +13,7 @@ from trainer import scores
 from trainer.columns import label_of, place
 from trainer.config import Classification, Columns
 from trainer.objectives.base import Sums, Totals
-from trainer.objectives.problem import Problem, label_weights, number_of_label
+from trainer.objectives.problem import Problem, check_apart, label_weights, number_of_label
 from trainer.sources import DataError
 
 # Half stars are classes, prices and scores are not.
@@ -31,6 +31,7 @@ class SingleLabel(Problem):
         self.labels = list(section.labels) if section.labels is not None else sorted(found)
         if not self.listed:
             _check_found(self.labels)
+            check_apart(self.labels)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         counts = np.array([found[label] for label in self.labels], float)
         with np.errstate(divide="ignore"):

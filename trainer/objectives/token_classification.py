@@ -13,7 +13,7 @@ from trainer import entities, scores
 from trainer.columns import tagged_words_of
 from trainer.losses import cross_entropy_sum
 from trainer.objectives.base import Objective, Sums, Totals, model_inputs, no_cache
-from trainer.objectives.problem import number_of_label
+from trainer.objectives.problem import check_apart, number_of_label
 from trainer.packing import IGNORED, Batch, Encoded, Example, Row
 from trainer.sources import DataError
 from trainer.token_model import TokenModel, tried_out
@@ -37,6 +37,8 @@ class TokenClassificationObjective(Objective):
         self.labels = sorted(found) if section.labels is None else list(section.labels)
         if len(self.labels) < 2:
             raise DataError(f"data.tags: every training word has the tag {self.labels[0]!r}; at least two are needed")
+        if section.labels is None:
+            check_apart(self.labels, "tags")
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.types = entities.types_of(self.labels) if entities.are_entity_tags(self.labels) else []
         self.score = ("f1", "max") if self.types else ("accuracy", "max")
@@ -54,6 +56,11 @@ class TokenClassificationObjective(Objective):
 
     def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield from (" ".join(tagged_words_of(row, index, self.columns)[0]) for index, row in enumerate(rows))
+
+    def check(self, rows: Iterable[dict[str, Any]]) -> None:
+        for index, row in enumerate(rows):
+            for tag in tagged_words_of(row, index, self.columns)[1]:
+                self._number(tag, row, index)
 
     def encode(
         self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, first: int = 0

@@ -8,9 +8,9 @@ from trainer.config import Full, Scratch
 from trainer.strategies.adapter import apply_adapter
 from trainer.strategies.linear_probe import apply_linear_probe
 from trainer.strategies.lora import apply_lora
-from trainer.strategies.partial import apply_partial, check_world, later, unfreeze
+from trainer.strategies.partial import apply_partial, check_world, later, tell_tied, unfreeze
 
-__all__ = ["STRATEGIES", "check_world", "count_parameters", "tell_learning", "unfreeze"]
+__all__ = ["STRATEGIES", "check_world", "count_parameters", "tell_learning", "tell_tied", "unfreeze"]
 
 
 def apply_all(model: torch.nn.Module, config: Scratch | Full) -> torch.nn.Module:

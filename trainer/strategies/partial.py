@@ -34,6 +34,25 @@ def apply_partial(model: torch.nn.Module, config: Partial) -> torch.nn.Module:
     return model
 
 
+def tell_tied(model: torch.nn.Module, config: Strategy) -> list[str]:
+    """Say, a line each, which weights learn though no pattern names them: they are one with weights that are named."""
+    if not isinstance(config, Partial):
+        return []
+    patterns = [*config.train, *(pattern for stage in config.stages for pattern in stage.train)]
+    every = dict(model.named_parameters(remove_duplicate=False))
+    asked = {name for name in every if any(_fits(name, pattern) for pattern in patterns)}
+    tied = [(name, other) for name in sorted(asked) for other in every if every[other] is every[name]]
+    return [
+        f"strategy.train: {other} learns too: this model's {name} is the same weight (they are tied)"
+        for name, other in tied
+        if other not in asked
+    ]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
 def unfreeze(model: torch.nn.Module, step: int) -> int:
     """Let just those weights learn that do at 0-based `step`; return how many start at it.
 
@@ -72,7 +91,7 @@ def named(model: torch.nn.Module, patterns: Iterable[str], setting: str) -> dict
     every = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, torch.nn.Parameter] = {}
     for pattern in patterns:
-        fits = {name: p for name, p in every.items() if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        fits = {name: p for name, p in every.items() if _fits(name, pattern)}
         if not fits:
             modules = [name for name, _ in model.named_modules() if name]
             raise BadInput(f"{setting}: {pattern!r} fits no weight; near to it: {near(pattern, [*modules, *every])}")

@@ -1,0 +1,62 @@
+"""Which trained models `trivet export` takes, told by the files of a model directory before anything is loaded.
+
+Standard library only, as serving.directory, which says it where an ONNX directory was wanted.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# The objectives whose models can be exported, and the task that each is exported for.
+TASK_OF = {"causal_lm": "causal_lm", "sft": "causal_lm", "classification": "classification"}
+
+
+def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """Return why the model directory with this manifest cannot be exported, and what to do instead; None if it can.
+
+    What else config.json and the weights may rule out is not asked here.
+    """
+    objective, problem = manifest.get("objective"), _problem(folder)
+    if manifest.get("strategy") == "adapter":
+        why = (
+            "strategy adapter cannot be exported: a bottleneck adapter cannot be merged into its base; train with "
+            "strategy.type lora instead, which is merged"
+        )
+    elif objective not in TASK_OF:
+        why = f"objective {objective} cannot be exported; accepted: {', '.join(TASK_OF)}"
+    elif manifest.get("text_pair"):
+        why = "judges pairs of texts (data.text_pair); accepted: models of single texts"
+    elif problem not in (None, "single_label_classification"):
+        why = f"problem_type {problem} cannot be exported; accepted: single_label_classification"
+    else:
+        return None
+    return why + how_to_ask(folder)
+
+
+def how_to_ask(folder: Path) -> str:
+    """Return a clause that names the model card, where it has Python that asks the model."""
+    card = folder / "README.md"
+    try:
+        has_python = "```python" in card.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+    return f"; the Python in {card} asks this one" if has_python else ""
+
+
+def instead_of_onnx(folder: Path) -> str:
+    """Return a clause on how to get an ONNX directory where `folder` is none: it may be a run, or a trained model."""
+    for model in (folder, folder / "model"):
+        try:
+            manifest = json.loads((model / "trivet.json").read_text(encoding="utf-8"))
+            if manifest.get("kind") == "model" and (why := refusal(model, manifest)):
+                return f"; trivet export cannot make one of {model}: {why}"
+        except (OSError, ValueError, AttributeError):
+            continue
+    return "; make one with: trivet export"
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("problem_type")
+    except (OSError, ValueError, AttributeError):
+        return None
