@@ -12,7 +12,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from trainer import compute, distributed, hub, leaks, model_dir, model_fit, model_folder, models, tracking
+from trainer import compute, distributed, handshake, hub, leaks, model_dir, model_fit, model_folder, models, tracking
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
@@ -23,6 +23,7 @@ from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
 from trainer.strategies import STRATEGIES, check_world, tell_learning, tell_tied
+from trainer.watchdog import Watchdog
 
 
 @dataclass
@@ -46,13 +47,13 @@ class Parts:
         return [self.tokenizer.decode(example.input_ids) for example in itertools.islice(examples, count)]
 
 
-def build(config: RunConfig) -> Parts:
-    """Return everything a run needs. Raises BadInput for data, model or batch that cannot work."""
+def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
+    """Return everything a run needs, on all ranks that `watchdog` watches. Raises BadInput for what cannot work."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # its warnings of retries hold the address, and a mirror's may hold a password
     tracking.check(config.log)
-    world = distributed.start(config)
+    world = distributed.start(config, watchdog)
     check_world(config.strategy, world.mode)
     micro = micro_rows(config, world.size)
     if world.is_main:
@@ -72,6 +73,7 @@ def build(config: RunConfig) -> Parts:
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
+    handshake.agree(world.watchdog, "data", fingerprints, "give every machine the same files")
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
         found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]

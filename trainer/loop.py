@@ -13,6 +13,7 @@ from trainer import (
     disk_space,
     distributed,
     early_stop,
+    handshake,
     leaks,
     order,
     out_of_memory,
@@ -30,23 +31,24 @@ from trainer.flops import flops_per_token
 from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
-from trainer.plan import Plan
 from trainer.plan.of_run import planned
+from trainer.plan.plan import Plan
 from trainer.progress import finish, is_best, leave, save, save_before_model
 from trainer.resume import resume
 from trainer.skipped import step_or_skip
 from trainer.strategies import unfreeze
 
 
-def train(config: RunConfig, config_yaml: str) -> int:
+def train(config: RunConfig, config_yaml: str, stop: StopRequest | None = None) -> int:
     """Train one run from its newest checkpoint, or from the start; return 0 when done, 75 when stopped after a save.
 
-    `config_yaml` is the resolved config, saved with the run. Raises BadInput for what the user can mend, before step 0.
+    `config_yaml` is the resolved config, saved with the run; `stop` hears signals already, if given. Raises BadInput
+    for what the user can mend, before step 0.
     """
     folder = config.run.folder
-    with StopRequest() as stop:
+    with nullcontext(stop) if stop else StopRequest() as stop, handshake.met(config) as watchdog:
         with out_of_memory.while_building(config):
-            parts = build(config)
+            parts = build(config, watchdog)
         is_main, device = parts.world.is_main, parts.world.accelerator.device
         plan = check_memory(config, parts, world_size=parts.world.size)
         if is_main:
@@ -85,18 +87,22 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
             loss_sum = torch.zeros((), device=world.accelerator.device)
             batches = feed.micro_batches(step)
             for i in range(feed.accumulation):
+                world.at("data", step + 1)
                 asked = time.perf_counter()
                 batch = to_device(world, next(batches))
                 data_wait_s += time.perf_counter() - asked
                 is_last = i == feed.accumulation - 1
                 torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
+                world.at("forward")
                 with distributed.accumulating(world, model, is_last=is_last):
                     with world.autocast():
                         loss = parts.objective.sums(model, batch)["loss"]
                     # Gradients are averaged over ranks, so the sum over all targets is size * mean.
                     scale = world.size / (count or 1)
+                    world.at("backward")
                     distributed.backward(world, model, loss * scale, accumulation=feed.accumulation, is_last=is_last)
                 loss_sum += loss.detach()
+            world.at("update")
             total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
             lr = learning_rate(step, config.optim, config.run.steps)
             done = step_or_skip(config, parts, log, done, loss=total_loss, learning_rate=lr)

@@ -176,11 +176,21 @@ class Modes:
         files = [Path(f"{results}.{rank}") for rank in range(nproc)]
         return {"log": log, "ranks": [json.loads(file.read_text()) for file in files if not expected]}
 
+    @staticmethod
+    def script(name: str) -> Path:
+        """Return the path of what ranks run instead of `launch.train`."""
+        return FOLDER / name
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """Return what every rank has in its environment."""
+        inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+        return {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]), "OMP_NUM_THREADS": "1"}
+
     def run(self, argv: list[str], added: dict[str, str], expected: int = 0) -> str:
         """Run a command in a group of its own until it ends with the expected code; return what it said."""
         log = self.folder / "launch.log"
-        inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
-        env = {**added, "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]), "OMP_NUM_THREADS": "1"}
+        env = {**added, **self.environment()}
         with log.open("wb") as output, processes.Group(argv, env, output=output) as group:
             deadline = time.monotonic() + LONGEST_LAUNCH_S
             while group.poll() is None and time.monotonic() < deadline:

@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_built_is_named(trivet, work, error_of):
 
 RANKS = """
 import os, signal, subprocess, sys
-from launch.processes import report_exit, report_start
+from trainer.status import report_exit, report_start
 if "RANK" in os.environ:
     report_start()
     if os.environ["RANK"] == "1":
