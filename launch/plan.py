@@ -12,8 +12,10 @@ from rich.table import Table
 from serving.directory import BadInput
 from trainer.config import RunConfig
 from trainer.out_of_memory import in_words
-from trainer.plan import Plan, advice, glibc
+from trainer.plan import glibc
+from trainer.plan.advice import advice
 from trainer.plan.outlook import Outlook, outlook
+from trainer.plan.plan import Plan
 
 _RESERVED_BYTES = 2**30  # of a GPU: CUDA, its libraries' work space and NCCL; assumed
 _SHOWN = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "evaluation")
@@ -38,7 +40,7 @@ def plan(path: Path, overrides: list[str], config: RunConfig, asked: Asked, *, j
     """Print the plan; return 0 where some mode fits, else 1. Raises BadInput for a run that cannot be at all."""
     _check(config, asked)
     found = outlook(config, world_size=asked.ranks, on_gpu=not asked.on_cpu)
-    needed = {mode: _needed_bytes(each, asked) for mode, each in found.plans.items() if isinstance(each, Plan)}
+    needed = {mode: glibc.taken_bytes(each) for mode, each in found.plans.items() if isinstance(each, Plan)}
     fitting = next((mode for mode, size in needed.items() if size <= asked.limit_bytes), None)
     if json_output:
         print(json.dumps(_as_json(found, needed, fitting, config, asked)))
@@ -60,12 +62,6 @@ def _check(config: RunConfig, asked: Asked) -> None:
         )
 
 
-def _needed_bytes(each: Plan, asked: Asked) -> int:
-    if asked.on_cpu and each.of_mode is not None:
-        return glibc.resident_bytes(each.of_mode)
-    return each.total_bytes
-
-
 def _time_s(found: Outlook, config: RunConfig, asked: Asked) -> float | None:
     if asked.tflops is None:
         return None
@@ -85,8 +81,8 @@ def _as_json(found: Outlook, needed: dict[str, int], fitting: str | None, config
             "tensor_bytes": each.total_bytes,
             "fits": needed[mode] <= asked.limit_bytes,
             "micro_rows": each.micro_rows,
-            "by_term": each.of_mode.by_term if each.of_mode else {},
-            "most_by_phase": each.of_mode.most_by_phase if each.of_mode else {},
+            "by_term": each.by_term,
+            "most_by_phase": each.most_by_phase,
         }
         for mode, each in found.plans.items()
     }
@@ -116,8 +112,8 @@ def _show(
     for mode, each in found.plans.items():
         if isinstance(each, str):
             print(f"{mode}: {each}")
-        elif each.of_mode and each.of_mode.host_bytes:
-            print(f"{mode}: and {in_words(each.of_mode.host_bytes)} of the machine's memory for each process")
+        elif each.host_bytes:
+            print(f"{mode}: and {in_words(each.host_bytes)} of the machine's memory for each process")
     if found.doubt:
         print(f"warning: {found.doubt}")
     print(_recommendation(path, overrides, found, needed, fitting, config, asked))
@@ -129,8 +125,7 @@ def _table(found: Outlook, needed: dict[str, int], asked: Asked) -> Table:
     for mode, each in found.plans.items():
         if isinstance(each, str):
             continue
-        terms = each.of_mode.by_term if each.of_mode else {}
-        shown = [in_words(terms[term]) if terms.get(term) else "" for term in _SHOWN]
+        shown = [in_words(each.by_term[term]) if each.by_term[term] else "" for term in _SHOWN]
         table.add_row(mode, *shown, in_words(needed[mode]), "yes" if needed[mode] <= asked.limit_bytes else "no")
     return table
 

@@ -12,7 +12,19 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from trainer import compute, distributed, handshake, hub, leaks, model_dir, model_fit, model_folder, models, tracking
+from trainer import (
+    compute,
+    distributed,
+    handshake,
+    hub,
+    leaks,
+    model_dir,
+    model_fit,
+    model_folder,
+    models,
+    resident,
+    tracking,
+)
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
@@ -39,6 +51,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
     outline: torch.nn.Module  # the whole model on the meta device, however the ranks divide it
+    program_bytes: int = 0  # of memory, taken before the data and the model were there
+    planned_bytes: int | None = None  # at most, beyond that; None where nobody knows
     left_out: Callable[[], list[str]] = list  # says which rows of a stream, as far as it was read, nothing learns from
 
     def samples(self, count: int) -> list[str]:
@@ -54,6 +68,7 @@ def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
     hub_logging.set_verbosity_error()  # its warnings of retries hold the address, and a mirror's may hold a password
     tracking.check(config.log)
     world = distributed.start(config, watchdog)
+    program_bytes = 0 if world.accelerator.device.type == "cuda" else resident.now_bytes()
     check_world(config.strategy, world.mode)
     micro = micro_rows(config, world.size)
     if world.is_main:
@@ -81,7 +96,10 @@ def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
     left_out = functools.partial(data.left_out, config) if data.splits.streaming else list
-    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline, left_out)
+    return Parts(
+        world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline,
+        program_bytes=program_bytes, left_out=left_out,
+    )  # fmt: skip
 
 
 def plain_model(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:

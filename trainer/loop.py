@@ -31,6 +31,7 @@ from trainer.flops import flops_per_token
 from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
+from trainer.plan import glibc
 from trainer.plan.of_run import planned
 from trainer.plan.plan import Plan
 from trainer.progress import finish, is_best, leave, save, save_before_model
@@ -53,6 +54,7 @@ def train(config: RunConfig, config_yaml: str, stop: StopRequest | None = None) 
         plan = check_memory(config, parts, world_size=parts.world.size)
         if is_main:
             check_disk(config, parts)
+            parts.planned_bytes = None if plan is None else glibc.taken_bytes(plan)
         with out_of_memory.explained(plan, config, device):
             rehearse(parts)
         with run_folder.claimed(folder) if is_main else nullcontext():

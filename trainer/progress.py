@@ -174,6 +174,8 @@ def _result(
         "seconds": done.elapsed_s,
         "tokens_per_s": done.total_tokens / max(done.elapsed_s, 1e-9),
         "peak_memory_bytes": peak_memory_bytes(),
+        "program_memory_bytes": parts.program_bytes,
+        "planned_memory_bytes": parts.planned_bytes,
         "data_fingerprint": parts.splits.fingerprint,
         "world_size": parts.world.size,
     }

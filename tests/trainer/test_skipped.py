@@ -12,7 +12,7 @@ from trainer import build, distributed, loop
 from trainer.distributed import NotFinite
 from trainer.metrics import RunLog
 
-CLOCKED = {"seconds", "tokens_per_s", "peak_memory_bytes"}
+CLOCKED = {"seconds", "tokens_per_s", "peak_memory_bytes", "program_memory_bytes"}
 SKIP = {"on_non_finite": "skip"}
 
 

@@ -11,8 +11,8 @@ import ctypes
 import subprocess
 import sys
 
-from trainer.plan.modes import ModePlan
 from trainer.plan.passes import NODE, Event
+from trainer.plan.plan import Plan
 
 _OF_A_TENSOR, _OF_A_NODE = (24, 40, 56, 72), (24, 40, 56, 72)  # bytes of small objects: those that fit what was cut off
 _TIMEOUT_S = 600
@@ -22,29 +22,32 @@ _SMALL_BYTES = 32 * 2**20  # what malloc keeps of less is not worth a process
 _BESIDE_BYTES, _DEEPSPEED_BYTES = 50 * 2**20, 35 * 2**20
 
 
-def resident_bytes(plan: ModePlan) -> int:
-    """Return the most memory that a rank takes on a CPU, beyond what importing the trainer takes."""
+def taken_bytes(plan: Plan) -> int:
+    """Return the most memory that a rank takes: of a GPU; on a CPU, beyond what importing the trainer takes."""
+    if plan.on_gpu:
+        return plan.total_bytes
     beside = _BESIDE_BYTES + (_DEEPSPEED_BYTES if plan.mode.startswith("zero") else 0)
     return beside + tensor_bytes(plan)
 
 
-def tensor_bytes(plan: ModePlan) -> int:
+def tensor_bytes(plan: Plan) -> int:
     """Return the most memory that malloc takes for a rank's tensors."""
     if plan.total_bytes < _SMALL_BYTES:
         return plan.total_bytes
-    return max(plan.total_bytes, plan.batch_bytes + (footprint_bytes(plan.events) or 0))
+    taken = footprint_bytes(plan.events) or 0
+    return max(plan.total_bytes, taken + plan.batch_bytes + plan.beyond_bytes)
 
 
 def footprint_bytes(events: list[Event]) -> int | None:
-    """Return the most memory that malloc takes while the blocks come and go; None where it is not glibc's."""
+    """Return the most memory that malloc takes while the blocks come and go; None where nobody knows."""
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
     numbers = array.array("q", [number for event in events for number in event])
     done = subprocess.run(
         [sys.executable, "-S", "-c", _REPLAY],
-        input=numbers.tobytes(), capture_output=True, check=True, timeout=_TIMEOUT_S,
+        input=numbers.tobytes(), capture_output=True, timeout=_TIMEOUT_S,
     )  # fmt: skip
-    return int(done.stdout)
+    return int(done.stdout) if done.returncode == 0 else None
 
 
 _REPLAY = f"""

@@ -1,7 +1,7 @@
 """The plan of each parallel mode: what one rank holds, by term, and the most that is there at once."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -9,10 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer import modes
 from trainer.config import RunConfig
 from trainer.optim import build_optimizer
-from trainer.packing import Batch
 from trainer.plan import divided, timeline
-from trainer.plan.passes import Event, Pass, empty, record, record_step
-from trainer.plan.sketch import Sketch
+from trainer.plan.passes import Pass, empty, record_step
+from trainer.plan.plan import Plan
+from trainer.plan.recordings import Recordings
 from trainer.plan.timeline import Rank, Timeline
 
 # From the cheapest: by the traffic between the ranks, and offload, which waits for the memory of the machine, last.
@@ -25,59 +25,35 @@ MODES: dict[str, Callable[[Timeline, Rank], None]] = {
     "zero3": divided.zero_3,
     "zero3-offload": divided.zero_3_offload,
 }
-_ON_HOST = ("build", "checkpoint", "model")  # phases whose most is in the memory of the machine, where there is a GPU
 
 
-@dataclass(frozen=True)
-class ModePlan:
-    """Bytes on one rank. `most_by_phase`: at once; `by_term`: of each term at its own most."""
-
-    mode: str
-    world_size: int
-    micro_rows: int
-    batch_bytes: int
-    by_term: dict[str, int]
-    most_by_phase: dict[str, int]
-    on_gpu: bool
-    host_bytes: int = 0  # what is offloaded
-    events: list[Event] = field(repr=False, default_factory=list)
-
-    @property
-    def total_bytes(self) -> int:
-        """The most at once, of what lies on the device."""
-        phases = {name: most for name, most in self.most_by_phase.items() if not (self.on_gpu and name in _ON_HOST)}
-        return self.batch_bytes + max(phases.values())
-
-    @property
-    def peak_phase(self) -> str:
-        return max(self.most_by_phase, key=lambda name: self.most_by_phase[name])
-
-
-def mode_plan(
-    sketch: Sketch, config: RunConfig, batch: Batch, mode: str, *, world_size: int, on_gpu: bool
-) -> ModePlan:
-    """Return the plan of a mode, with `batch` as one forward pass of a rank. Raises BadInput where the mode cannot."""
+def make_plan(recordings: Recordings, mode: str) -> Plan:
+    """Return the plan of a mode. Raises BadInput where the mode cannot run what the config asks for."""
+    config, world_size, on_gpu = recordings.config, recordings.world_size, recordings.on_gpu
     modes.check(config, mode)
-    micro_rows = modes.micro_rows(config, world_size)
-    in_half = mode.startswith("zero") and config.precision.type == "bf16"  # DeepSpeed's weights are bf16 themselves
-    model = sketch.model.to(torch.bfloat16) if in_half else sketch.model
-    try:
-        precision = "fp32" if in_half else config.precision.type
-        passes = record(model, sketch.objective, batch, precision=precision, on_gpu=on_gpu)
+    passes = recordings.passes(mode)
+    with recordings.model_of(mode) as model:
         steps = _steps(model, config, mode, world_size)
-    finally:
-        sketch.model.to(torch.float32)
-    itemsize = passes.itemsize
-    accumulation = config.batch.rows // (micro_rows * world_size)
-    rank = Rank(passes, steps, world_size, accumulation, *(itemsize * numel for numel in _blocks(model)))
+        sizes = (passes.itemsize * numel for numel in _blocks(model))
+    rank = Rank(passes, steps, world_size, recordings.accumulation, *sizes)
     t, on_host = Timeline(), Timeline()
     MODES[mode if on_gpu else mode.removesuffix("-offload")](t, rank)
     if on_gpu and mode == "zero3-offload":
         divided.zero_3(on_host, rank)
-    batch_bytes = sum(tensor.nbytes for tensor in batch.values())
-    host_bytes = sum(on_host.most_by_term[term] for term in ("weights", "gradients", "optimizer"))
-    return ModePlan(
-        mode, world_size, micro_rows, batch_bytes, t.most_by_term, t.most_by_phase, on_gpu, host_bytes, t.events
+    return Plan(
+        mode=mode,
+        world_size=world_size,
+        rows=config.batch.rows // world_size,
+        micro_rows=recordings.micro_rows,
+        length=recordings.length,
+        batch_bytes=recordings.batch_bytes,
+        by_term=t.most_by_term,
+        most_by_phase=t.most_by_phase,
+        pass_bytes=partial(recordings.pass_bytes, mode),
+        on_gpu=on_gpu,
+        beyond_bytes=recordings.beyond_bytes(mode),
+        host_bytes=sum(on_host.most_by_term[term] for term in ("weights", "gradients", "optimizer")),
+        events=t.events,
     )
 
 

@@ -1,9 +1,11 @@
 """The plan of a run that is built: its own outline, its own rows, its own mode."""
 
-from trainer import compute, modes, zero
+from trainer import compute, zero
 from trainer.build import Parts
 from trainer.config import RunConfig
-from trainer.plan import Plan, make_plan, rows_run
+from trainer.plan.modes import make_plan
+from trainer.plan.plan import Plan
+from trainer.plan.recordings import Recordings
 from trainer.plan.sketch import run_like
 
 
@@ -17,11 +19,9 @@ def planned(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
     if mode == "zero3" and zero.is_offloaded():
         mode = "zero3-offload"
     compute.set_up(parts.outline, config.batch.model_copy(update={"compile": False}))
-    sketch = run_like(parts.outline, world.accelerator.unwrap_model(parts.model), parts.objective)
-    row = feed.longest(1)
-    batch = feed.longest(rows_run(modes.micro_rows(config, world_size), row["input_ids"].shape[1]))
     on_gpu = world.accelerator.device.type == "cuda"
     try:
-        return make_plan(sketch, config, batch, row, mode, world_size=world_size, on_gpu=on_gpu)
+        sketch = run_like(parts.outline, world.accelerator.unwrap_model(parts.model), parts.objective)
+        return make_plan(Recordings(sketch, config, feed, world_size=world_size, on_gpu=on_gpu), mode)
     except Exception:  # whatever a model's own code makes of tensors without memory: a run does not depend on it
         return None

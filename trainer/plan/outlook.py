@@ -9,9 +9,10 @@ from trainer.config import PretrainedModel, RunConfig
 from trainer.dataset import make_feed, prepare_data
 from trainer.feed import Feed
 from trainer.flops import flops_per_token
-from trainer.plan import Plan, make_plan, rows_run
-from trainer.plan.modes import names
+from trainer.plan.modes import make_plan, names
 from trainer.plan.passes import autocast, without_memory
+from trainer.plan.plan import Plan
+from trainer.plan.recordings import Recordings
 from trainer.plan.sketch import Sketch, sketch
 from trainer.strategies import count_parameters
 
@@ -31,7 +32,7 @@ class Outlook:
 
 def outlook(config: RunConfig, *, world_size: int, on_gpu: bool) -> Outlook:
     """Return what so many ranks would need. Reads the data, as a run does. Raises BadInput for a run that cannot be."""
-    micro_rows = modes.micro_rows(config, world_size)
+    modes.micro_rows(config, world_size)
     if isinstance(config.model, PretrainedModel):
         hub.check_reachable(config.model.path, "model.path")
         model_dir.refuse_unmerged(config.model.path)
@@ -41,7 +42,7 @@ def outlook(config: RunConfig, *, world_size: int, on_gpu: bool) -> Outlook:
     feed = make_feed(config, data, SimpleNamespace(rank=0, size=world_size))
     learning, total = count_parameters(drawn.model)
     return Outlook(
-        plans=_plans(config, drawn, feed, micro_rows, world_size=world_size, on_gpu=on_gpu),
+        plans=_plans(Recordings(drawn, config, feed, world_size=world_size, on_gpu=on_gpu)),
         learning=learning,
         total=total,
         tokens_per_step=feed.tokens_at(0),
@@ -51,15 +52,11 @@ def outlook(config: RunConfig, *, world_size: int, on_gpu: bool) -> Outlook:
     )
 
 
-def _plans(
-    config: RunConfig, drawn: Sketch, feed: Feed, micro_rows: int, *, world_size: int, on_gpu: bool
-) -> dict[str, Plan | str]:
-    row = feed.longest(1)
-    batch = feed.longest(rows_run(micro_rows, row["input_ids"].shape[1]))
+def _plans(recordings: Recordings) -> dict[str, Plan | str]:
     found: dict[str, Plan | str] = {}
-    for mode in names(world_size):
+    for mode in names(recordings.world_size):
         try:
-            found[mode] = make_plan(drawn, config, batch, row, mode, world_size=world_size, on_gpu=on_gpu)
+            found[mode] = make_plan(recordings, mode)
         except BadInput as error:
             found[mode] = str(error)
     return found

@@ -43,16 +43,16 @@ class Pass:
         sizes.pop(NODE, None)
         return sizes
 
-    def most_bytes(self, *, of_logits: bool) -> int:
-        """The most bytes at once of blocks that go again: of those as wide as the vocabulary, or of the others."""
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes at once of blocks that go again."""
         left, now, most = self.left, 0, 0
         sizes: dict[int, int] = {}
         for block, size in self.events:
-            if block == NODE or block in left or (block in self.logits) != of_logits:
-                continue
-            sizes[block] = size or sizes[block]
-            now += size or -sizes[block]
-            most = max(most, now)
+            if block != NODE and block not in left:
+                now += size - sizes.get(block, 0)
+                sizes[block] = size
+                most = max(most, now)
         return most
 
 
@@ -134,30 +134,36 @@ class Passes:
     weights: tuple[tuple[int, bool], ...]  # bytes of each weight and buffer, a shared one once, and whether it learns
     itemsize: int = 4
 
-    def numel(self, *, learns: bool) -> list[int]:
-        """The numbers of each weight and buffer that learns, or of each that does not."""
-        return [size // self.itemsize for size, learning in self.weights if learning == learns]
-
 
 def record(
-    model: torch.nn.Module, objective: Objective, batch: Batch, *, precision: str, on_gpu: bool = False
+    model: torch.nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    precision: str,
+    on_gpu: bool = False,
+    again: bool = True,
+    evaluates: bool = True,
 ) -> Passes:
     """Run a model, on the meta device or not, on a batch on the CPU: nothing is allocated, and nothing is changed."""
+    was_training = model.training
     with without_memory(model) as tensors, _as_on(on_gpu), torch.compiler.set_stance("force_eager"):
         recorder = Recorder(_vocabulary(model))
         recorder.know(tensors)
-        was_training = model.training
-        passes = []
+
+        def one(*, learns: bool) -> Pass:
+            model.train(learns)
+            with recorder:
+                _run(model, objective, batch, precision, learns=learns)
+            return recorder.taken()
+
         try:
-            for learns in (True, True, False):
-                model.train(learns)
-                with recorder:
-                    _run(model, objective, batch, precision, learns=learns)
-                passes.append(recorder.taken())
+            learning = one(learns=True)
+            passes = learning, one(learns=True) if again else None, one(learns=False) if evaluates else None
         finally:
             model.train(was_training)
         weights = tuple((tensor.untyped_storage().nbytes(), tensor.requires_grad) for tensor in tensors)
-    return Passes(passes[0], passes[1], passes[2], weights, next(model.parameters()).element_size())
+    return Passes(*(each or Pass(()) for each in passes), weights, next(model.parameters()).element_size())
 
 
 def _run(model: torch.nn.Module, objective: Objective, batch: Batch, precision: str, *, learns: bool) -> None:
