@@ -88,7 +88,8 @@ def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
-    handshake.agree(world.watchdog, "data", fingerprints, "give every machine the same files")
+    brief = {name: value[:12] for name, value in fingerprints.items()}
+    handshake.agree(world.watchdog, "data", brief, "give every machine the same files")
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
         found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]

@@ -41,6 +41,7 @@ class Watchdog:
         self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 10)
         self._signs: dict[int, tuple[int, float]] = {}  # rank -> its last sign of life, and when it was new here
         self._main = threading.get_ident()
+        self._is_failing = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=[board.another()], daemon=True) if board else None
 
@@ -52,8 +53,9 @@ class Watchdog:
         try:
             yield self
         except BaseException as error:
+            self._is_failing = True
             other = self._fault_of_another(error) if isinstance(error, Exception) else None
-            with suppress(dist.DistError, RuntimeError):
+            with suppress(dist.DistError):
                 self._pin_failure(other or error)
             if other is not None:
                 raise other from None
@@ -82,18 +84,18 @@ class Watchdog:
     # --- the thread
 
     def _watch(self, board: Board) -> None:
-        moves, moved, alive, stack_wanted = 0, time.monotonic(), 0, True
+        moves, moved, alive = -1, time.monotonic(), 0
         path = status.stack_path()
-        with suppress(dist.DistError, RuntimeError), open(path or os.devnull, "w") as file:  # until the store is gone
+        with open(path or os.devnull, "w") as file:
             while not self._end.is_set():
                 place, alive = self.status.place, alive + 1
-                if place.moves != moves or place.phase == PREPARING:
+                if place.moves != moves or place.phase == PREPARING or self._is_failing:
                     moves, moved = place.moves, time.monotonic()
-                board.pin(f"alive/{board.rank}", {"alive": alive, "place": asdict(place)})
                 self.status.touch()
-                if stack_wanted and board.read("stacks, please"):
-                    board.pin(f"stack/{board.rank}", self._stack())
-                    stack_wanted = False
+                with suppress(dist.DistError):  # where the store is gone, this rank is still to end
+                    board.pin(f"alive/{board.rank}", {"alive": alive, "place": asdict(place)})
+                    if board.read("stacks, please"):
+                        board.pin(f"stack/{board.rank}", self._stack())
                 if place.phase != PREPARING:
                     # Its own thread needs no interpreter: it speaks also where the rank does not let go of that.
                     target = file if path else sys.stderr
@@ -103,17 +105,20 @@ class Watchdog:
                 self._end.wait(self._interval_s)
 
     def _name_who_hangs(self, board: Board) -> str:
-        """Return the block about the ranks that all others wait for."""
-        board.pin(f"stack/{board.rank}", self._stack())
-        board.pin("stacks, please", True)
-        deadline = time.monotonic() + _SILENCE_S
-        stacks: dict[int, str] = {}
-        while len(stacks) < board.size and time.monotonic() < deadline:
-            found = {rank: board.read(f"stack/{rank}") for rank in range(board.size) if rank not in stacks}
-            stacks |= {rank: text for rank, text in found.items() if text}
-            time.sleep(self._interval_s / 4)
-        signs = {rank: board.read(f"alive/{rank}") for rank in range(board.size)}
-        return hang_block({rank: Place(**s["place"]) for rank, s in signs.items() if s}, stacks, self._timeout_s)
+        """Return the block about the ranks that all others wait for; about this one where nobody can be asked."""
+        faulthandler.cancel_dump_traceback_later()
+        places, stacks = {board.rank: self.status.place}, {board.rank: self._stack()}
+        with suppress(dist.DistError):
+            board.pin(f"stack/{board.rank}", stacks[board.rank])
+            board.pin("stacks, please", True)
+            deadline = time.monotonic() + _SILENCE_S
+            while len(stacks) < board.size and time.monotonic() < deadline:
+                found = {rank: board.read(f"stack/{rank}") for rank in range(board.size) if rank not in stacks}
+                stacks |= {rank: text for rank, text in found.items() if text}
+                time.sleep(self._interval_s / 4)
+            signs = {rank: board.read(f"alive/{rank}") for rank in range(board.size)}
+            places |= {rank: Place(**sign["place"]) for rank, sign in signs.items() if sign}
+        return hang_block(places, stacks, self._timeout_s)
 
     def _end_the_run(self, block: str) -> None:
         error = self._lost(block)
@@ -138,7 +143,7 @@ class Watchdog:
             return None
         deadline = time.monotonic() + 2 * _SILENCE_S
         others = [rank for rank in range(self.board.size) if rank != self.board.rank]
-        with suppress(dist.DistError, RuntimeError):
+        with suppress(dist.DistError):
             while time.monotonic() < deadline:
                 for rank in others:
                     sign = self._sign(rank)
@@ -172,7 +177,7 @@ class Watchdog:
 
     def _lost(self, message: str) -> PeerLost:
         speaks = False
-        with suppress(dist.DistError, RuntimeError):
+        with suppress(dist.DistError):
             speaks = self.board is not None and self.board.is_first("speaks")
         first, newline, rest = message.partition("\n")
         error = guards.failed(self._folder, first) if self._folder else RunFailed(first, step=0)

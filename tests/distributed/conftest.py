@@ -167,10 +167,16 @@ class Modes:
 
     def launch(self, mode: str, *configs: str | Path, nproc: int = 2, expected: int = 0) -> dict[str, Any]:
         """Train configs one after the other in a world of `nproc`; return its log, and what each rank left."""
-        results = self.folder / f"{mode}-{nproc}"
+        return self.launch_script(mode, "worker.py", *configs, nproc=nproc, expected=expected)
+
+    def launch_script(
+        self, mode: str, name: str, *configs: str | Path, nproc: int = 2, expected: int = 0
+    ) -> dict[str, Any]:
+        """Run a script of this folder on configs in a world of `nproc`; return its log, and what each rank left."""
+        results = self.folder / f"{mode}-{nproc}-{name.removesuffix('.py')}"
         argv, added = processes.accelerate_command(Path("CONFIG"), [], nproc=nproc, parallel=mode)
         assert argv[-3:] == ["-m", "launch.train", "CONFIG"]
-        log = self.run([*argv[:-3], str(FOLDER / "worker.py"), str(results), *map(str, configs)], added, expected)
+        log = self.run([*argv[:-3], str(self.script(name)), str(results), *map(str, configs)], added, expected)
         noise = [line for line in log.splitlines() if "warning" in line.lower() or "mismatch" in line]
         assert expected or not noise, noise
         files = [Path(f"{results}.{rank}") for rank in range(nproc)]
