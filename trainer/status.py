@@ -99,6 +99,12 @@ def places(folder: Path) -> dict[int, Place]:
     return {_rank_of(path): _place_in(path) for path in sorted(folder.glob("rank-*.started"))}
 
 
+def places_in_group() -> dict[int, Place]:
+    """Return what `places` does for the group that this rank belongs to, nothing where it belongs to none."""
+    folder = _folder()
+    return places(folder) if folder else {}
+
+
 def last_signs(folder: Path) -> dict[int, float]:
     """Return rank -> when it showed last that it lives, in seconds of the file system's clock."""
     return {_rank_of(path): path.stat().st_mtime for path in folder.glob("rank-*.started")}

@@ -78,7 +78,7 @@ class Watchdog:
             if error := self._failure(sign):
                 raise error
             if self._silent_s(rank, sign) > self._timeout_s:
-                where = Place(**sign["place"]) if sign else f"it never came to {self.board.address}"
+                where = self._place(sign) if sign else f"it never came to {self.board.address}"
                 raise self._lost(f"rank {rank} was lost: {where}; it gave no sign for {self._timeout_s} s")
 
     # --- the thread
@@ -105,11 +105,19 @@ class Watchdog:
                 self._end.wait(self._interval_s)
 
     def _name_who_hangs(self, board: Board) -> str:
-        """Return the block about the ranks that all others wait for; about this one where nobody can be asked."""
+        """Return the block about the ranks that all others wait for; about this one where nobody can be asked.
+
+        One rank asks all others; the block that it makes is that of all.
+        """
         faulthandler.cancel_dump_traceback_later()
         places, stacks = {board.rank: self.status.place}, {board.rank: self._stack()}
         with suppress(dist.DistError):
             board.pin(f"stack/{board.rank}", stacks[board.rank])
+            deadline = time.monotonic() + 2 * _SILENCE_S
+            while not board.is_first("asks") and time.monotonic() < deadline:
+                if block := board.read("block"):
+                    return block
+                time.sleep(self._interval_s / 4)
             board.pin("stacks, please", True)
             deadline = time.monotonic() + _SILENCE_S
             while len(stacks) < board.size and time.monotonic() < deadline:
@@ -117,7 +125,8 @@ class Watchdog:
                 stacks |= {rank: text for rank, text in found.items() if text}
                 time.sleep(self._interval_s / 4)
             signs = {rank: board.read(f"alive/{rank}") for rank in range(board.size)}
-            places |= {rank: Place(**sign["place"]) for rank, sign in signs.items() if sign}
+            places |= {rank: self._place(sign) for rank, sign in signs.items() if sign}
+            board.pin("block", hang_block(places, stacks, self._timeout_s))
         return hang_block(places, stacks, self._timeout_s)
 
     def _end_the_run(self, block: str) -> None:
@@ -151,7 +160,7 @@ class Watchdog:
                         return failure
                     if sign and self._silent_s(rank, sign) > _SILENCE_S:
                         gone = "it gave no sign any more: killed, or its machine or network is gone"
-                        return self._lost(f"rank {rank} was lost: {Place(**sign['place'])}; {gone}")
+                        return self._lost(f"rank {rank} was lost: {self._place(sign)}; {gone}")
                 time.sleep(self._interval_s / 4)
             if "timed out" in str(error).lower():
                 return self._lost(self._name_who_hangs(self.board))
@@ -170,7 +179,7 @@ class Watchdog:
         failure = sign.get("failure")
         if not failure:
             return None
-        place = Place(**sign["place"])
+        place = self._place(sign)
         if failure["code"] == 2:
             return BadInput(f"{failure['why']} (found on rank {place.rank}, host {place.host})")
         return self._lost(f"rank {place.rank} failed: {place}: {failure['why']}")
@@ -192,6 +201,11 @@ class Watchdog:
         if failure:
             sign = {"place": asdict(Place(rank)), **sign, "failure": failure}
         return sign
+
+    def _place(self, sign: dict[str, Any]) -> Place:
+        """Return where a rank is by its own file, if it is of this group and machine, else by its last sign."""
+        place = Place(**sign["place"])
+        return status.places_in_group().get(place.rank, place)
 
     def _silent_s(self, rank: int, sign: dict[str, Any]) -> float:
         alive = sign.get("alive", 0)
