@@ -64,11 +64,11 @@ def launch_script(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A config file (.yaml); see configs/.", show_default=False)],
+    gpu_memory_gb: Annotated[float, typer.Option(help="Memory of one GPU, in 10^9 bytes.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.", show_default=False)
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all; a process for each.")] = 1,
-    gpu_memory_gb: Annotated[float, typer.Option(help="Memory of one GPU, in 10^9 bytes.", show_default=False)] = ...,
     cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs: the memory is that of a process.")] = False,
     gpu_tflops: Annotated[
         float | None, typer.Option(help="What one GPU computes at most, in 10^12 FLOP/s.", show_default=False)

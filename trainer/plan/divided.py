@@ -109,7 +109,8 @@ def _pass_through_bucket(t: Timeline, rank: Rank) -> int:
 
     A bucket is as large as the gradients in it, which are counted in their own place.
     """
-    limit, waiting = bucket_bytes(rank), []
+    limit = bucket_bytes(rank)
+    waiting: list[int] = []
 
     def reduce() -> None:
         t.brief("buffers", [sum(map(t.size_of, waiting))])

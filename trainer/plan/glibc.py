@@ -1,4 +1,4 @@
-"""What a process on Linux takes for given blocks: more than they are, since glibc's malloc does not give all of it back.
+"""What a process on Linux takes for given blocks: more than they are, since glibc's malloc keeps some that are freed.
 
 Blocks below 32 MiB lie in one heap. torch asks for them at multiples of 64 bytes, for which malloc takes up to 96 bytes
 more and gives back what it cut off; small objects soon lie there, so that a block which was freed is too small for the

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 from serving.directory import BadInput
 from trainer import hub, model_dir, model_folder, modes
@@ -15,6 +16,9 @@ from trainer.plan.plan import Plan
 from trainer.plan.recordings import Recordings
 from trainer.plan.sketch import Sketch, sketch
 from trainer.strategies import count_parameters
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def outlook(config: RunConfig, *, world_size: int, on_gpu: bool) -> Outlook:
         model_folder.check_base(config.model.path, trust_remote_code=config.model.trust_remote_code)
     data = prepare_data(config)
     drawn = sketch(config, data.objective, data.tokenizer)
-    feed = make_feed(config, data, SimpleNamespace(rank=0, size=world_size))
+    feed = make_feed(config, data, cast("World", SimpleNamespace(rank=0, size=world_size)))
     learning, total = count_parameters(drawn.model)
     return Outlook(
         plans=_plans(Recordings(drawn, config, feed, world_size=world_size, on_gpu=on_gpu)),
@@ -64,6 +68,4 @@ def _plans(recordings: Recordings) -> dict[str, Plan | str]:
 
 def _flops(config: RunConfig, drawn: Sketch, feed: Feed) -> float:
     with without_memory(drawn.model):
-        return flops_per_token(
-            drawn.model, drawn.objective, feed.longest(1), lambda: autocast(config.precision.type)
-        )
+        return flops_per_token(drawn.model, drawn.objective, feed.longest(1), lambda: autocast(config.precision.type))

@@ -74,6 +74,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if torch.is_grad_enabled():
             self.events.append((NODE, 1))
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0  # a number that an optimizer or a model reads, as Adafactor does a norm: any does
         found = _without_masks(function, args)(*args, **(kwargs or {}))
         if _is_answer(found):
             return torch.zeros(found.shape, dtype=found.dtype)
@@ -106,7 +108,7 @@ class Recorder(TorchDispatchMode):
 
 def _without_masks(function, args: tuple) -> Callable:
     """Indexing by a mask gives as many rows as the mask has ones: asked of the mask, which is real."""
-    if function is not torch.ops.aten.index.Tensor or not any(_is_mask(index) for index in args[1] if index is not None):
+    if function is not torch.ops.aten.index.Tensor or not any(map(_is_mask, args[1])):
         return function
     return lambda tensor, indices: function(tensor, [place for index in indices for place in _places(index)])
 
@@ -116,8 +118,8 @@ def _is_answer(found: object) -> bool:
     return isinstance(found, FakeTensor) and not found.is_floating_point() and found.numel() <= _MOST_ANSWERS
 
 
-def _is_mask(index: torch.Tensor) -> bool:
-    return index.dtype == torch.bool and not isinstance(index, FakeTensor)
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
 
 
 def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -159,11 +161,12 @@ def record(
 
         try:
             learning = one(learns=True)
-            passes = learning, one(learns=True) if again else None, one(learns=False) if evaluates else None
+            later = one(learns=True) if again else Pass(())
+            evaluating = one(learns=False) if evaluates else Pass(())
         finally:
             model.train(was_training)
         weights = tuple((tensor.untyped_storage().nbytes(), tensor.requires_grad) for tensor in tensors)
-    return Passes(*(each or Pass(()) for each in passes), weights, next(model.parameters()).element_size())
+    return Passes(learning, later, evaluating, weights, next(model.parameters()).element_size())
 
 
 def _run(model: torch.nn.Module, objective: Objective, batch: Batch, precision: str, *, learns: bool) -> None:

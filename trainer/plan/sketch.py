@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from trainer import attention, compute, lean, models
+from trainer import attention, compute, lean
 from trainer.config import NewModel, RunConfig
 from trainer.lm_head import Head
 from trainer.model_folder import load_config
@@ -66,7 +66,8 @@ def run_like(outline: torch.nn.Module, model: torch.nn.Module, objective: Object
     for name, module in model.named_modules():
         if vars(type(module)).get("forward") in (lean._norm, lean._gated):
             outline.get_submodule(name).__class__ = type(module)
-    own, tried = copy.copy(objective), getattr(objective, "token_model", None)
+    own: Any = copy.copy(objective)
+    tried = getattr(objective, "token_model", None)
     if tried is not None and tried.first_position is not None:
         outline.set_attn_implementation(attention.NAME)
     if tried is not None and tried.head is not None:
@@ -94,8 +95,9 @@ def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     heads = next(getattr(text, name) for name in _HEADS if hasattr(text, name))
     few = min(heads, _MOST_HEADS)
     keys = getattr(text, "num_key_value_heads", None) or heads
-    sizes = dict.fromkeys(_HEADS, few) | dict.fromkeys(_WIDTHS, few * _HEAD_WIDTH) | dict.fromkeys(_INNER, 2 * _HEAD_WIDTH)
-    sizes |= {"head_dim": _HEAD_WIDTH, "num_key_value_heads": max(1, few * keys // heads)}
+    sizes = {"head_dim": _HEAD_WIDTH, "num_key_value_heads": max(1, few * keys // heads)}
+    for names, size in ((_HEADS, few), (_WIDTHS, few * _HEAD_WIDTH), (_INNER, 2 * _HEAD_WIDTH)):
+        sizes |= dict.fromkeys(names, size)
     for name, size in sizes.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, size)

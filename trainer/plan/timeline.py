@@ -144,7 +144,7 @@ def evaluate(t: Timeline, rank: Rank) -> None:
 
 
 def save(t: Timeline, rank: Rank, weights: Iterable[int], *, share: int = 1) -> None:
-    """A checkpoint: safetensors copies what a rank writes, a `share`th of the weights and of what the optimizer keeps."""
+    """A checkpoint: safetensors copies what a rank writes, a `share`th of weights and of what the optimizer keeps."""
     with t.phase("checkpoint"):
         state = rank.steps[0].left.values()
         t.brief("saving", [size // share for size in (*weights, *state)])
