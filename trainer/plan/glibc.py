@@ -11,8 +11,8 @@ import ctypes
 import subprocess
 import sys
 
-from trainer.plan.passes import NODE, Event
 from trainer.plan.plan import Plan
+from trainer.plan.recorder import NODE, Event
 
 _OF_A_TENSOR, _OF_A_NODE = (24, 40, 56, 72), (24, 40, 56, 72)  # bytes of small objects: those that fit what was cut off
 _TIMEOUT_S = 600

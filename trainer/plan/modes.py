@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import modes
 from trainer.config import RunConfig
 from trainer.optim import build_optimizer
-from trainer.plan import divided, timeline
-from trainer.plan.passes import Pass, empty, record_step
+from trainer.plan import fsdp, timeline, zero
+from trainer.plan.passes import empty, layers_of, record_step
 from trainer.plan.plan import Plan
+from trainer.plan.recorder import Pass
 from trainer.plan.recordings import Recordings
 from trainer.plan.timeline import Rank, Timeline
 
@@ -19,11 +19,11 @@ from trainer.plan.timeline import Rank, Timeline
 MODES: dict[str, Callable[[Timeline, Rank], None]] = {
     "single": timeline.whole,
     "ddp": timeline.whole,
-    "zero1": divided.zero_1,
-    "zero2": divided.zero_2,
-    "fsdp2": divided.fsdp_2,
-    "zero3": divided.zero_3,
-    "zero3-offload": divided.zero_3_offload,
+    "zero1": zero.zero_1,
+    "zero2": zero.zero_2,
+    "fsdp2": fsdp.fsdp_2,
+    "zero3": zero.zero_3,
+    "zero3-offload": zero.zero_3_offload,
 }
 
 
@@ -34,12 +34,15 @@ def make_plan(recordings: Recordings, mode: str) -> Plan:
     passes = recordings.passes(mode)
     with recordings.model_of(mode) as model:
         steps = _steps(model, config, mode, world_size)
-        sizes = (passes.itemsize * numel for numel in _blocks(model))
-    rank = Rank(passes, steps, world_size, recordings.accumulation, *sizes)
+        layers, around = _by_layer(model, passes.itemsize)
+    rank = Rank(
+        passes, steps, world_size, recordings.accumulation, layers, around,
+        loads=config.model.type == "pretrained", on_gpu=on_gpu,
+    )  # fmt: skip
     t, on_host = Timeline(), Timeline()
     MODES[mode if on_gpu else mode.removesuffix("-offload")](t, rank)
     if on_gpu and mode == "zero3-offload":
-        divided.zero_3(on_host, rank)
+        zero.zero_3(on_host, rank)
     return Plan(
         mode=mode,
         world_size=world_size,
@@ -76,9 +79,9 @@ def _steps(model: torch.nn.Module, config: RunConfig, mode: str, world_size: int
     return record_step(build_optimizer(weights, config.optim, fused=not mode.startswith("zero")))
 
 
-def _blocks(model: torch.nn.Module) -> tuple[int, int]:
-    """The numbers in the largest block of a model, and in its weights outside the blocks."""
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    around = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
-    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0), around
+def _by_layer(model: torch.nn.Module, itemsize: int) -> tuple[list[list[int]], list[int]]:
+    """The bytes of each weight of each layer, and of each weight outside of them."""
+    layers = [list(layer.parameters()) for layer in layers_of(model)]
+    inside = {id(parameter) for layer in layers for parameter in layer}
+    around = [parameter.numel() * itemsize for parameter in model.parameters() if id(parameter) not in inside]
+    return [[parameter.numel() * itemsize for parameter in layer] for layer in layers], around

@@ -5,125 +5,19 @@ tensors are without memory (torch's FakeTensor); token ids, positions and target
 into blocks and the loss into chunks depends on them.
 """
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import attention
 from trainer.objectives import Objective
 from trainer.packing import Batch
-
-NODE = -1  # an event that is no block: autograd notes an operation, and forgets it when the graph goes
-_MOST_ANSWERS = 2**22
-Event = tuple[int, int]  # a block's number, and its bytes when it comes, 0 when it goes
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Blocks are numbered from 0; those that are there at the end stay: gradients, or what an optimizer keeps."""
-
-    events: tuple[Event, ...]
-    logits: frozenset[int] = frozenset()  # blocks as wide as the vocabulary
-
-    @property
-    def left(self) -> dict[int, int]:
-        """The bytes of the blocks that stay."""
-        sizes: dict[int, int] = {}
-        for block, size in self.events:
-            if size:
-                sizes[block] = size
-            else:
-                sizes.pop(block, None)
-        sizes.pop(NODE, None)
-        return sizes
-
-    @property
-    def most_bytes(self) -> int:
-        """The most bytes at once of blocks that go again."""
-        left, now, most = self.left, 0, 0
-        sizes: dict[int, int] = {}
-        for block, size in self.events:
-            if block != NODE and block not in left:
-                now += size - sizes.get(block, 0)
-                sizes[block] = size
-                most = max(most, now)
-        return most
-
-
-class Recorder(TorchDispatchMode):
-    """While open, notes when storages of tensors without memory come and go."""
-
-    def __init__(self, vocabulary: int = 0) -> None:
-        super().__init__()
-        self.events: list[Event] = []
-        self.logits: set[int] = set()
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-        self._vocabulary, self._count = vocabulary, 0
-
-    def know(self, tensors: list[torch.Tensor]) -> None:
-        """Take tensors as there before; they are no events."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = -1
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if torch.is_grad_enabled():
-            self.events.append((NODE, 1))
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0  # a number that an optimizer or a model reads, as Adafactor does a norm: any does
-        found = _without_masks(function, args)(*args, **(kwargs or {}))
-        if _is_answer(found):
-            return torch.zeros(found.shape, dtype=found.dtype)
-        for tensor in (found,) if isinstance(found, torch.Tensor) else tree_leaves(found):
-            if isinstance(tensor, FakeTensor):
-                self._note(tensor)
-        return found
-
-    def _note(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        block, size = self._count, storage.nbytes()
-        self._known[storage] = block
-        if not size:
-            return
-        self._count += 1
-        self.events.append((block, size))
-        if self._vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
-            self.logits.add(block)
-        weakref.finalize(storage, self.events.append, (block, 0))
-
-    def taken(self) -> Pass:
-        """Return what was noted, and begin anew; what stays is no news."""
-        found = Pass(tuple(self.events), frozenset(self.logits))
-        self.events.clear()
-        self.logits.clear()
-        return found
-
-
-def _without_masks(function, args: tuple) -> Callable:
-    """Indexing by a mask gives as many rows as the mask has ones: asked of the mask, which is real."""
-    if function is not torch.ops.aten.index.Tensor or not any(map(_is_mask, args[1])):
-        return function
-    return lambda tensor, indices: function(tensor, [place for index in indices for place in _places(index)])
-
-
-def _is_answer(found: object) -> bool:
-    """Whether an operation made whole numbers of what has none, as scores do. Zeros stand for what is not known."""
-    return isinstance(found, FakeTensor) and not found.is_floating_point() and found.numel() <= _MOST_ANSWERS
-
-
-def _is_mask(index: torch.Tensor | None) -> bool:
-    return index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-
-
-def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return list(index.nonzero().unbind(1)) if index is not None and _is_mask(index) else [index]
+from trainer.plan.recorder import BACK, ENTERED, LEFT, Pass, Recorder
 
 
 @dataclass(frozen=True)
@@ -149,8 +43,9 @@ def record(
 ) -> Passes:
     """Run a model, on the meta device or not, on a batch on the CPU: nothing is allocated, and nothing is changed."""
     was_training = model.training
-    with without_memory(model) as tensors, _as_on(on_gpu), torch.compiler.set_stance("force_eager"):
-        recorder = Recorder(_vocabulary(model))
+    recorder = Recorder(_vocabulary(model))
+    eager = torch.compiler.set_stance("force_eager")
+    with without_memory(model) as tensors, _as_on(on_gpu), eager, _layers_told(model, recorder):
         recorder.know(tensors)
 
         def one(*, learns: bool) -> Pass:
@@ -174,6 +69,32 @@ def _run(model: torch.nn.Module, objective: Objective, batch: Batch, precision: 
         loss = objective.sums(model, batch)["loss"]
     if learns and loss.requires_grad:
         loss.backward()
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that a model is a stack of."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _layers_told(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
+    """While open, the recorder notes where each layer begins and ends, and where its backward pass begins."""
+
+    def ended(layer: int, output: object) -> None:
+        recorder.events.append((LEFT, layer))
+        for tensor in tree_leaves(output)[:1]:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: recorder.events.append((BACK, layer)))
+
+    hooks = []
+    for i, layer in enumerate(layers_of(model)):
+        hooks.append(layer.register_forward_pre_hook(lambda _, __, i=i: recorder.events.append((ENTERED, i))))
+        hooks.append(layer.register_forward_hook(lambda _, __, output, i=i: ended(i, output)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def autocast(precision: str) -> torch.autocast:

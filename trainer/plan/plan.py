@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trainer.plan.passes import Event
+from trainer.plan.recorder import Event
 
 PASSES = ("rehearsal", "evaluation", "step")  # phases that grow with the rows of a pass
 _ON_HOST = ("build", "checkpoint", "model")  # phases whose most is in the memory of the machine, where there is a GPU

@@ -1,16 +1,18 @@
 """What one rank allocates and frees over a run, in order: the model's passes, and what its mode puts between them.
 
 Each block is there for a term of the plan. What the libraries take between the passes was read in torch 2.13,
-safetensors 0.8 and (trainer/plan/divided.py) DeepSpeed 0.19, and measured: benchmarks/plan_error.py.
+safetensors 0.8 and (zero.py) DeepSpeed 0.19, and measured: benchmarks/plan_error.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trainer.plan.passes import NODE, Event, Pass, Passes
+from trainer.plan.passes import Passes
+from trainer.plan.recorder import NODE, Event, Pass
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "evaluation", "saving")
+_FP32_BYTES = 4
 _DDP_BUCKET_BYTES = 25 * 2**20
 _BROADCAST_BYTES = 250 * 2**20  # DDP sends the weights of rank 0 to the others in parts of this size
 
@@ -57,17 +59,25 @@ class Timeline:
         self.give(*[self.take(term, size) for size in sizes])
 
     def run(
-        self, recorded: Pass, term: str, leaves: str = "", arrived: Callable[[int], bool] = lambda block: False
+        self,
+        recorded: Pass,
+        term: str,
+        leaves: str = "",
+        arrived: Callable[[int], bool] = lambda block: False,
+        reached: Callable[[int, int], None] = lambda place, layer: None,
     ) -> list[int]:
         """Allocate and free for `term` as a pass does; return the blocks that stay, which are there for `leaves`.
 
-        `arrived` is told each of these when it comes, and says whether it goes at once.
+        `arrived` is told each of these when it comes, and says whether it goes at once; `reached` is told where the
+        pass is: ENTERED, LEFT or BACK, and which layer.
         """
         numbers: dict[int, int] = {}
         left = recorded.left
         for block, size in recorded.events:
             if block == NODE:
                 self.events.append((NODE, size))
+            elif block < 0:
+                reached(block, size)
             elif size:
                 for_logits = block in recorded.logits and term == "activations"
                 its_own = leaves if block in left else "logits" if for_logits else term
@@ -92,15 +102,18 @@ class Timeline:
 class Rank:
     """What a timeline is made of. `steps`: the optimizer's first step and a later one, over what this rank steps.
 
-    `block_bytes` are those of the largest block of the model, `around_bytes` of the weights outside the blocks.
+    `layers` are the bytes of each weight of each layer of the model, `around` of each weight outside of them. `loads`:
+    the model lies in files, whose pages are its memory until they are written to.
     """
 
     passes: Passes
     steps: tuple[Pass, Pass]
     world_size: int
     accumulation: int
-    block_bytes: int
-    around_bytes: int
+    layers: list[list[int]]
+    around: list[int]
+    loads: bool
+    on_gpu: bool
 
     @property
     def learning_bytes(self) -> list[int]:
@@ -114,6 +127,13 @@ class Rank:
     @property
     def learning_numel(self) -> int:
         return sum(self.learning_bytes) // self.passes.itemsize
+
+
+def rebuild(t: Timeline, rank: Rank, *, copies: int = 1) -> None:
+    """The main rank builds the whole model again, on the CPU, and is sent what the ranks hold of it."""
+    with t.phase("model"):
+        sizes = [size * _FP32_BYTES // rank.passes.itemsize for size, _ in rank.passes.weights]
+        t.brief("saving", [sum(sizes)] * copies if rank.loads else sizes * copies)
 
 
 def whole(t: Timeline, rank: Rank) -> None:

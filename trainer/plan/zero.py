@@ -1,10 +1,11 @@
-"""Timelines of the modes in which ranks divide more than the batch: ZeRO-1 to 3, offload, and FSDP2.
+"""Timelines of DeepSpeed's modes: ZeRO-1 to 3, and offload.
 
 DeepSpeed steps an fp32 copy of this rank's part of the weights. It copies gradients into a bucket; a full one, and what
 is left at the end of the pass, is added up among the ranks in one more copy.
 """
 
-from trainer.plan.timeline import Rank, Timeline, evaluate, save
+from trainer.plan.recorder import BACK, ENTERED, LEFT
+from trainer.plan.timeline import Rank, Timeline, evaluate, rebuild, save
 
 _FP32 = 4
 _BUCKET_NUMEL = 500_000_000  # at most; trainer/zero.py makes it no larger than all gradients
@@ -31,52 +32,6 @@ def zero_3_offload(t: Timeline, rank: Rank) -> None:
     _zero_3(t, rank, offloads=True)
 
 
-def fsdp_2(t: Timeline, rank: Rank) -> None:
-    """A rank keeps rows of each weight, gradient and moment. What is around the blocks is gathered for the whole pass;
-    of the blocks, the one that runs with its parts, while the next is being gathered."""
-    n = rank.world_size
-    for size in (*rank.learning_bytes, *rank.frozen_bytes):
-        t.take("weights", size // n)
-    gathered = rank.around_bytes + 2 * rank.block_bytes + rank.block_bytes // n
-    with t.phase("rehearsal"):
-        t.give(*_fsdp_pass(t, rank, gathered))
-    held = t.take("buffers", gathered)
-    evaluate(t, rank)
-    t.give(held)
-    with t.phase("step"):
-        for step in rank.steps:
-            gradients = _fsdp_pass(t, rank, gathered)
-            t.run(step, "buffers", "optimizer")
-            t.give(*gradients)
-    save(t, rank, [size // n for size in rank.learning_bytes])
-    _rebuild(t, rank)
-
-
-def _fsdp_pass(t: Timeline, rank: Rank, gathered: int) -> list[int]:
-    """Gradients wait until those of a block are there; copied, they are added up, and a part is kept."""
-    waiting: list[int] = []
-    kept: list[int] = []
-
-    def reduce() -> None:
-        size = sum(map(t.size_of, waiting))
-        kept.append(t.take("gradients", size // rank.world_size))
-        t.brief("buffers", [size])
-        t.give(*waiting)
-        waiting.clear()
-
-    def arrived(block: int) -> bool:
-        waiting.append(block)
-        if sum(map(t.size_of, waiting)) >= max(rank.block_bytes, 1):
-            reduce()
-        return False
-
-    held = t.take("buffers", gathered)
-    t.run(rank.passes.learning, "activations", "buffers", arrived)
-    reduce()
-    t.give(held)
-    return kept
-
-
 def _zero_1_or_2(t: Timeline, rank: Rank, *, divides_gradients: bool) -> None:
     part = _FP32 * rank.learning_numel // rank.world_size
     apart = [t.take("weights", size) for size in rank.learning_bytes]
@@ -101,7 +56,7 @@ def _zero_1_or_2(t: Timeline, rank: Rank, *, divides_gradients: bool) -> None:
             t.run(step, "buffers", "optimizer")
             t.give(flat, *kept)
     save(t, rank, [part])
-    _rebuild(t, rank, copies=2)
+    rebuild(t, rank, copies=2)
 
 
 def _pass_through_bucket(t: Timeline, rank: Rank) -> int:
@@ -133,37 +88,66 @@ def _pass_through_bucket(t: Timeline, rank: Rank) -> int:
 def _zero_3(t: Timeline, rank: Rank, *, offloads: bool) -> None:
     part = _FP32 * rank.learning_numel // rank.world_size
     total = sum(size for size, _ in rank.passes.weights)
-    gathered = min(total, _GATHERED_NUMEL * rank.passes.itemsize)
     bucket = bucket_bytes(rank)
     if not offloads:
         t.take("weights", total // rank.world_size)
         t.take("weights", part)
         t.take("gradients", sum(rank.learning_bytes) // rank.world_size)
-    held = t.take("buffers", gathered)
+    around = _gather(t, rank, rank.around)
+    layers = [_gather(t, rank, sizes) for sizes in rank.layers]
     evaluate(t, rank)
-    t.give(held)
+    for gathered in (around, *layers):
+        t.give(*gathered)
     with t.phase("step"):
         t.take("buffers", bucket)
         for step in rank.steps:
-            held = t.take("buffers", gathered)
-            t.run(rank.passes.learning, "activations", "buffers", lambda block: True)
-            t.brief("buffers", [bucket])
-            t.give(held)
+            _zero_3_pass(t, rank)
+            # Averaged among the ranks in a copy; gloo makes one more.
+            t.brief("buffers", [bucket] if rank.on_gpu else [bucket, bucket])
             if not offloads:
                 flat = t.take("gradients", part)
                 t.run(step, "buffers", "optimizer")
                 t.give(flat)
     if not offloads:
         save(t, rank, [part])
-        _rebuild(t, rank, copies=2)
+        rebuild(t, rank)
+
+
+def _zero_3_pass(t: Timeline, rank: Rank) -> None:
+    """A layer's weights are gathered when it runs; so many stay until its backward pass is done."""
+    gathered: dict[int, list[int]] = {}
+    done: list[int] = []  # the layer whose backward pass runs
+    kept_numel = 0
+
+    def reached(place: int, layer: int) -> None:
+        nonlocal kept_numel
+        if place in (ENTERED, BACK) and layer not in gathered:
+            gathered[layer] = _gather(t, rank, rank.layers[layer])
+        if place == LEFT and not done:
+            kept_numel += sum(rank.layers[layer]) // rank.passes.itemsize
+            if kept_numel > _GATHERED_NUMEL:
+                t.give(*gathered.pop(layer))
+        if place == BACK:
+            if done:
+                t.give(*gathered.pop(done.pop(), []))
+            done.append(layer)
+
+    around = _gather(t, rank, rank.around)
+    t.run(rank.passes.learning, "activations", "buffers", lambda block: True, reached)
+    for blocks in (around, *gathered.values()):
+        t.give(*blocks)
+
+
+def _gather(t: Timeline, rank: Rank, sizes: list[int]) -> list[int]:
+    """Each weight comes in a flat tensor, of which it is a copy; gloo gathers into one more."""
+    gathered = []
+    for size in sizes:
+        flat = [t.take("buffers", size) for _ in range(1 if rank.on_gpu else 2)]
+        t.give(*flat[1:])
+        gathered.append(t.take("buffers", size))
+        t.give(*flat)
+    return gathered
 
 
 def bucket_bytes(rank: Rank) -> int:
     return min(_BUCKET_NUMEL, rank.learning_numel) * rank.passes.itemsize
-
-
-def _rebuild(t: Timeline, rank: Rank, *, copies: int = 1) -> None:
-    """The main rank builds the whole model again, on the CPU, and is sent what the ranks hold of it."""
-    with t.phase("model"):
-        size = _FP32 * sum(size for size, _ in rank.passes.weights) // rank.passes.itemsize
-        t.brief("saving", [size] * copies)
