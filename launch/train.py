@@ -7,7 +7,7 @@ Exit codes: 0 done (also: already finished), 2 bad input, 75 stopped after savin
 import os
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ _SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the arguments name; return the exit code."""
-    with StopRequest() as stop:  # from the first moment: a signal during the imports must not kill one of several ranks
+    # Of several ranks none may die of a signal during its imports: the others would wait for it.
+    with StopRequest() if "RANK" in os.environ else nullcontext() as stop:
         politeness.apply()
         status.report_start()
         return _main(argv, stop)
 
 
-def _main(argv: list[str] | None, stop: StopRequest) -> int:
+def _main(argv: list[str] | None, stop: StopRequest | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0].startswith("-"):
         return _end(2, "usage: python -m launch.train CONFIG [section.key=value ...]")

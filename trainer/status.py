@@ -124,7 +124,8 @@ def read_stack(rank: int) -> str:
     """Return the stack that a rank of this machine left, nothing where there is none."""
     folder = _folder()
     path = folder / f"rank-{rank:06d}.stack" if folder else None
-    return path.read_text(errors="replace") if path is not None and path.is_file() else ""
+    text = path.read_text(errors="replace") if path is not None and path.is_file() else ""
+    return text[max(0, text.rfind("Timeout (")) :]  # as faulthandler begins each
 
 
 def own_rank() -> int:

@@ -96,7 +96,7 @@ class Watchdog:
                     board.pin(f"alive/{board.rank}", {"alive": alive, "place": asdict(place)})
                     if board.read("stacks, please"):
                         board.pin(f"stack/{board.rank}", self._stack())
-                if place.phase != PREPARING:
+                if path or place.phase != PREPARING:  # preparing may hold it for long: no word of that on a terminal
                     # Its own thread needs no interpreter: it speaks also where the rank does not let go of that.
                     target = file if path else sys.stderr
                     faulthandler.dump_traceback_later(self._timeout_s + self._interval_s, file=target)

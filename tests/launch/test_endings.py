@@ -76,6 +76,17 @@ def test_a_group_that_was_told_to_stop_before_its_first_step_has_stopped(
     assert endings.exit_code(tmp_path, leader_code, asked_to_stop=asked_to_stop) == expected
 
 
+def test_a_signal_to_a_rank_before_it_has_begun_is_remembered(monkeypatch):
+    from launch import train
+
+    heard = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train.config_file, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "train", lambda config, stop: heard.append(stop.signal_name) or 75)
+    assert train.main(["run.yaml"]) == 75
+    assert heard == ["SIGTERM"]
+
+
 STUBBORN = """
 import signal, time
 from trainer import status
