@@ -37,10 +37,8 @@ class _Pass:
         self.waiting: dict[int, list[int]] = {_AROUND: []}
         self.kept: list[int] = []
         self.going_back = _AROUND  # the layer whose backward pass runs
-        self.flat, self.sent = (
-            t.take("buffers", 0),
-            t.take("buffers", 0),
-        )  # of the layer gathered last, and reduced last
+        self.flat = t.take("buffers", 0)  # of the layer gathered last
+        self.sent = t.take("buffers", 0)  # of the layer reduced last
 
     def run(self) -> list[int]:
         """Return the blocks of the gradients that this rank keeps."""
@@ -82,7 +80,7 @@ class _Pass:
         self.gathered[layer] = [self.t.take("buffers", size) for size in sizes]
 
     def _reduce(self, layer: int) -> None:
-        """The gradients are copied into a flat tensor, which stays until those of the next layer are; a part is kept."""
+        """Gradients are copied into a flat tensor, which stays until those of the next layer are; a part is kept."""
         waiting = self.waiting.pop(layer, [])
         size = sum(map(self.t.size_of, waiting))
         sent = self.t.take("buffers", size)
