@@ -68,8 +68,8 @@ def scored(monkeypatch):
         def _states(model):
             return parts_by_model[id(model)].optimizer.optimizer.state.values()
 
-        def build(config):
-            parts = build_for_real(config)
+        def build(config, *rest):
+            parts = build_for_real(config, *rest)
             parts_by_model[id(parts.model)] = parts
             return parts
 

@@ -188,8 +188,8 @@ def poison_a_gradient(parts) -> None:
 def test_a_number_that_is_not_finite_stops_before_the_optimizer_steps(make_config, train, monkeypatch, poison, said):
     kept = {}
 
-    def build_poisoned(config):
-        parts = build.build(config)
+    def build_poisoned(config, *rest):
+        parts = build.build(config, *rest)
         poison(parts)
         kept.update(parts=parts, before=[p.detach().clone() for p in parts.model.parameters()])
         return parts
@@ -243,8 +243,8 @@ def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, mo
 
 
 def test_a_model_that_is_broken_from_the_start_is_said_to_be(make_config, train, monkeypatch):
-    def build_poisoned(config):
-        parts = build.build(config)
+    def build_poisoned(config, *rest):
+        parts = build.build(config, *rest)
         with torch.no_grad():
             parts.model.model.norm.weight[3] = float("nan")
         return parts

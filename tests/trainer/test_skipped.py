@@ -24,8 +24,8 @@ def poisoned(monkeypatch, train):
     def run(config, steps: set[int], *, what: str = "loss") -> dict[int, list[torch.Tensor]]:
         weights, now = {}, []
 
-        def build_poisoned(config):
-            parts = build.build(config)
+        def build_poisoned(config, *rest):
+            parts = build.build(config, *rest)
             norm = parts.world.accelerator.unwrap_model(parts.model).model.norm
 
             def is_bad() -> bool:
