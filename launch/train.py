@@ -88,7 +88,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
                 step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
             code = 130 if isinstance(error, KeyboardInterrupt) else 1
             with suppress(OSError):  # the disk may be why it failed
-                reason = str(error) if isinstance(error, RunFailed) else repr(error)
+                reason = str(error) if isinstance(error, PeerLost) else repr(error)
                 run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=reason)
         raise
 
