@@ -4,8 +4,6 @@ import copy
 import importlib.metadata
 import json
 import math
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
