@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from launch import config_file, pretrained, processes
+from launch import config_file, endings, pretrained, processes
 from launch.config_file import ConfigError
 from trainer.config import PretrainedModel, RunConfig
 from trainer.guards import StopRequest
@@ -46,7 +46,7 @@ def ensure_base_model(config: RunConfig) -> int:
         ) from None
     with opened as lock:
         if not _wait_for(lock):
-            return processes.STOPPED
+            return endings.STOPPED
         return 0 if pretrained.is_model(folder) else make()
 
 

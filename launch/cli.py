@@ -72,12 +72,15 @@ def train(
     machine_rank: RankOption = None,
     main_address: AddressOption = None,
     join_timeout_s: JoinOption = JOIN_TIMEOUT_S,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="After a failure, go on from the last checkpoint, at most so often.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, build everything, train nothing.")
     ] = False,
 ) -> None:
     """Train one run: from its newest checkpoint if it was stopped, else from the start."""
-    from launch import config_file, processes, roll_call
+    from launch import config_file, processes, restarts, roll_call
     from launch import train as one_run
     from trainer import modes
     from trainer.config import RunConfig
@@ -92,11 +95,20 @@ def train(
     if dry_run:
         return one_run.dry_run(run_config, nproc=nproc * nodes)
     machines = nodes_of(nodes, machine_rank, main_address, join_timeout_s)
-    if nproc == 1 and parallel is None and machines is None:
+    is_one_process = nproc == 1 and parallel is None and machines is None
+    if is_one_process and not max_restarts:
         raise typer.Exit(one_run.main([str(config), *arguments]))
-    argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=parallel or "ddp", nodes=machines)
-    print(processes.show_command(argv, env), file=sys.stderr)
-    raise typer.Exit(roll_call.start_together(argv, env, machines, nproc=nproc, parallel=parallel or "ddp"))
+    mode, env = parallel or "ddp", dict[str, str]()
+    if is_one_process:
+        argv = processes.train_command(config, arguments)
+    else:
+        argv, env = processes.accelerate_command(config, arguments, nproc=nproc, parallel=mode, nodes=machines)
+        print(processes.show_command(argv, env), file=sys.stderr)
+    code = roll_call.start_together(
+        argv, env, machines, nproc=nproc, parallel=mode, save_timeout_s=run_config.checkpoint.save_timeout_s,
+        start_again=restarts.again(run_config, max_restarts), timeout_s=run_config.run.timeout_s,
+    )  # fmt: skip
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -59,3 +59,29 @@ def launch_script(
     words = overrides or []
     loaded = config_file.load(config, words, RunConfig)
     sys.stdout.write(launch_script(kind, config, words, loaded, nodes=nodes, gpus=gpus_per_node, parallel=parallel))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A config file (.yaml); see configs/.", show_default=False)],
+    gpu_memory_gb: Annotated[float, typer.Option(help="Memory of one GPU, in 10^9 bytes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides.", show_default=False)
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all; a process for each.")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without GPUs: the memory is that of a process.")] = False,
+    gpu_tflops: Annotated[
+        float | None, typer.Option(help="What one GPU computes at most, in 10^12 FLOP/s.", show_default=False)
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="The part of that which training reaches.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say which parallel modes fit in the memory of so many GPUs, and how long the run takes; nothing is built."""
+    from launch import config_file
+    from launch.plan import Asked
+    from launch.plan import plan as make
+    from trainer.config import RunConfig
+
+    words = overrides or []
+    asked = Asked(gpus, gpu_memory_gb, on_cpu=cpu, tflops=gpu_tflops, mfu=mfu)
+    raise typer.Exit(make(config, words, config_file.load(config, words, RunConfig), asked, json_output=json))

@@ -5,30 +5,33 @@ and returns 1 for every failure. So signals go past it, straight to the ranks; e
 file; and whatever carries the group's mark is killed when the group ends.
 """
 
+import contextlib
 import ctypes
-import json
+import itertools
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch import process_marks
+from launch import endings, process_marks
 from launch.nodes import Nodes
 from launch.shipped import example_configs
 from serving.directory import BadInput
+from trainer.guards import STOP_SIGNALS
+from trainer.status import EXIT_FOLDER
 
 PARALLEL = ("ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
-EXIT_FOLDER = "TRIVET_EXIT_FOLDER"  # where each rank writes its exit code: see `report_exit`
 GROUP_MARK = "TRIVET_GROUP"  # in the environment of every process of a group, however deep
-STOPPED, BAD_INPUT, INTERRUPTED = 75, 2, 130
-
+_POLL_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -98,37 +101,53 @@ def show_command(argv: list[str], env: dict[str, str]) -> str:
 # --- the group -------------------------------------------------------------------------------------------------------
 
 
-def run_group(argv: list[str], env: Mapping[str, str | None]) -> int:
+def run_group(
+    argv: list[str],
+    env: Mapping[str, str | None],
+    *,
+    save_timeout_s: float | None = None,
+    start_again: Callable[[int], Mapping[str, str] | None] | None = None,
+) -> int:
     """Run the command in a group of its own until it ends; return the exit code of `trivet` for it.
 
     `env` is added to this process's environment; a None takes a variable away.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are passed on to every rank, which saves and stops (75). A second Ctrl-C kills the
-    group (130). Why a rank failed is printed once more, below the launcher's own traceback; that one was killed, and by
-    the kernel where it was, only here. Only the main thread may call this, since it handles signals meanwhile.
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on to every rank, which saves and stops (75); a group that has not done so
+    `save_timeout_s` later is killed (1). A second Ctrl-C kills the group (130). Why a rank failed is printed once more,
+    below the launcher's own traceback; that one was killed, and by the kernel where it was, only here. After a failure
+    that nobody asked for, `start_again`, given how many there were, returns what another attempt has in its
+    environment, or None for none. Only the main thread may call this, since it handles signals meanwhile.
     """
-    group = Group(argv, env)
-    interrupts = 0
+    group: Group | None = None
+    heard: list[signal.Signals] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if interrupts > 1:
+        heard.append(signal.Signals(number))
+        if group is None:
+            return
+        if heard.count(signal.SIGINT) > 1:
             group.kill()
         else:
-            group.send(signal.Signals(number))
+            group.stop(heard[-1], save_timeout_s)
 
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, pass_on) for number in signals}
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        code = group.wait()
-        if code in (1, BAD_INPUT) and group.error():
-            print(group.error(), file=sys.stderr)
-        return code
+        for failures in itertools.count(1):
+            with Group(argv, env) as group:
+                if heard:  # while it was being started
+                    group.stop(heard[-1], save_timeout_s)
+                code = group.wait()
+                if code in (1, endings.BAD_INPUT) and group.error():
+                    print(group.error(), file=sys.stderr)
+            group = None
+            more = start_again(failures) if start_again and code == 1 and not heard else None
+            if more is None or heard:
+                return code if more is None else endings.STOPPED
+            env = {**env, **more}
+        raise AssertionError("there is always a next attempt")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        group.close()
 
 
 class Group:
@@ -149,7 +168,9 @@ class Group:
     ) -> None:
         self._mark = f"{GROUP_MARK}={uuid.uuid4().hex}"
         self._exits = tempfile.TemporaryDirectory(prefix="trivet-exit-", dir=scratch)
-        self._killed = False
+        self._left = Path(self._exits.name)
+        self._interrupted, self._overdue = False, ""
+        self._stop_signal, self._save_timeout_s, self._deadline = "", 0.0, math.inf
         self._oom_kills = process_marks.oom_kills()
         marks = {GROUP_MARK: self._mark.partition("=")[2], EXIT_FOLDER: self._exits.name}
         changed = {**os.environ, **env, **marks}
@@ -183,9 +204,16 @@ class Group:
         for pid in self.ranks():
             process_marks.send(pid, number)
 
+    def stop(self, number: signal.Signals, save_timeout_s: float | None = None) -> None:
+        """Ask every rank to save and stop. Who waits for the group kills it `save_timeout_s` after the first time."""
+        if not self._stop_signal and save_timeout_s is not None:
+            self._save_timeout_s, self._deadline = save_timeout_s, time.monotonic() + save_timeout_s
+        self._stop_signal = number.name
+        self.send(number)
+
     def kill(self) -> None:
         """End every process of the group at once."""
-        self._killed = True
+        self._interrupted = True
         process_marks.kill_marked(self._mark)
 
     def poll(self) -> int | None:
@@ -194,69 +222,30 @@ class Group:
 
     def wait(self) -> int:
         """Wait for the command to end; return the exit code of `trivet` for it."""
-        self._leader.wait()
-        return self._code()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._leader.wait(timeout=_POLL_S)
+                return self._code()
+            if time.monotonic() > self._deadline and not self._overdue:
+                self._overdue = endings.overdue(self._left, self._stop_signal, self._save_timeout_s)
+                process_marks.kill_marked(self._mark)
 
     def close(self) -> None:
         """Kill what is left."""
         if self.members():
-            self.kill()
+            process_marks.kill_marked(self._mark)
         self._leader.wait()
         self._exits.cleanup()
 
     def error(self) -> str:
-        """Return one line: which rank was killed, or else the first error that one reported, or nothing."""
-        ended = {path.stem for path in Path(self._exits.name).glob("rank-*.json")}
-        lost = [path.stem for path in sorted(Path(self._exits.name).glob("rank-*.started")) if path.stem not in ended]
-        if not lost or self._killed:
-            return next((message for _, message in self._reports() if message), "")
-        rank = int(lost[0].removeprefix("rank-"))
+        """Return one line, or a block: which rank was killed or hangs, or else the first error that one reported."""
         by_kernel = process_marks.oom_kills() > self._oom_kills
-        who = (
-            "probably by the kernel, for want of memory (it killed a process at that time)"
-            if by_kernel
-            else "from outside (kill -9), or the machine's memory ran out"
-        )
-        return (
-            f"error: rank {rank} was killed {who}; started again, the run goes on from its last checkpoint; to need "
-            "less memory lower batch.micro_rows (the result stays the same) or batch.max_length"
-        )
+        return self._overdue or ("" if self._interrupted else endings.error(self._left, by_kernel=by_kernel))
 
     def _code(self) -> int:
-        codes = {self._leader.returncode, *(code for code, _ in self._reports())}
-        if self._killed:
-            return INTERRUPTED
-        if BAD_INPUT in codes:
-            return BAD_INPUT
-        if STOPPED in codes and self._leader.returncode in (0, STOPPED):
-            return STOPPED
-        if INTERRUPTED in codes or self._leader.returncode == -signal.SIGINT:
-            return INTERRUPTED
-        return 1 if self._leader.returncode else 0
-
-    def _reports(self) -> list[tuple[int, str]]:
-        return [tuple(json.loads(path.read_text())) for path in sorted(Path(self._exits.name).glob("rank-*.json"))]
-
-
-def report_start() -> None:
-    """Called by a rank at its start: if it reports no exit, the group above the launcher knows that it was killed."""
-    if path := _report_path():
-        path.with_suffix(".started").touch()
-
-
-def report_exit(code: int, message: str = "") -> None:
-    """Called by a rank at its end: leave its exit code for the group above the launcher, if there is one."""
-    if path := _report_path():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps([code, message]))
-        partial.replace(path)
-
-
-def _report_path() -> Path | None:
-    folder = os.environ.get(EXIT_FOLDER)
-    if not folder or not Path(folder).is_dir():
-        return None
-    return Path(folder) / f"rank-{int(os.environ.get('RANK', '0')):06d}.json"
+        if self._interrupted:
+            return endings.INTERRUPTED
+        return endings.exit_code(self._left, self._leader.returncode, asked_to_stop=bool(self._stop_signal))
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

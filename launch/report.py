@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -183,7 +184,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         ("Weights that learn", _number(trainable), share),
         ("Speed", _number(result.get("tokens_per_s")), "tokens/s"),
         ("Time", _duration(result.get("seconds")), f"{_number(result.get('tokens'))} tokens"),
-        ("Peak memory", _size(result.get("peak_memory_bytes")), _processes(result.get("world_size", 1))),
+        ("Peak memory", _size(result.get("peak_memory_bytes")), _beside_memory(result)),
     ]
 
 
@@ -209,6 +210,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *changes,
         ("tokens seen", _number(result.get("tokens"))),
         ("peak memory", _size(result.get("peak_memory_bytes"))),
+        ("peak memory as planned", _size(_planned_bytes(result))),
         ("processes", str(result.get("world_size", ""))),
         ("data fingerprint", str(result.get("data_fingerprint", ""))),
         ("versions", ", ".join(f"{name} {version}" for name, version in mapping(result, "versions").items())),
@@ -250,8 +252,21 @@ def _size(num_bytes: object) -> str:
     return f"{num_bytes / 1024**3:.2f} GiB" if num_bytes >= 1024**3 else f"{num_bytes / 1024**2:.0f} MiB"
 
 
+def _beside_memory(result: dict[str, Any]) -> str:
+    """What was planned, and of which process it is."""
+    planned = _planned_bytes(result)
+    processes = _processes(result.get("world_size", 1))
+    return processes if planned is None else f"{_size(planned)} planned; {processes}"
+
+
+def _planned_bytes(result: dict[str, Any]) -> int | None:
+    """The program's own memory, and what was planned on top of it before the run; None where it was not planned."""
+    program, planned = result.get("program_memory_bytes"), result.get("planned_memory_bytes")
+    return int(program + planned) if is_number(program) and is_number(planned) else None
+
+
 def _processes(world_size: object) -> str:
-    return "1 process" if world_size == 1 else f"largest of {world_size} processes"
+    return "1 process" if world_size == 1 else f"the main one of {world_size} processes"
 
 
 def _terminal(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

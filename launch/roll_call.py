@@ -4,6 +4,7 @@ What would otherwise be a hang, or a traceback of the launcher after a quarter o
 Machine 0 listens on the port that the launcher takes right afterwards; each other one says who it is and waits.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from launch import processes
+from launch import endings, processes
 from launch.nodes import Nodes, host_name
 from serving.directory import BadInput
 from trainer.machines import GLOO_INTERFACE, addresses, interface_of
@@ -34,14 +35,41 @@ class Stopped(Exception):
     """A stop signal came before the run began: there is nothing to save, and the same command can be run again."""
 
 
-def start_together(argv: list[str], env: dict[str, str], nodes: Nodes | None, *, nproc: int, parallel: str) -> int:
-    """Run a launcher's command as `processes.run_group` does, with `nodes` when all machines are there."""
+def start_together(
+    argv: list[str],
+    env: dict[str, str],
+    nodes: Nodes | None,
+    *,
+    nproc: int,
+    parallel: str,
+    save_timeout_s: float | None = None,
+    start_again: Callable[[int], dict[str, str] | None] | None = None,
+    timeout_s: int = 0,
+) -> int:
+    """Run a launcher's command as `processes.run_group` does, with `nodes` when all machines are there.
+
+    Before another attempt they meet again; others may notice a failure `timeout_s` later than this one.
+    """
+
+    def meet_again(failures: int) -> dict[str, str] | None:
+        more = start_again(failures) if start_again else None
+        if more is None or nodes is None:
+            return more
+        patient = dataclasses.replace(nodes, join_timeout_s=nodes.join_timeout_s + timeout_s)
+        try:
+            return {**more, **join(patient, nproc=nproc, parallel=parallel)}
+        except BadInput as error:  # it was right the first time: a machine is gone
+            print(f"error: {error}", file=sys.stderr)
+            return None
+
     try:
         network = join(nodes, nproc=nproc, parallel=parallel) if nodes else {}
+        return processes.run_group(
+            argv, {**env, **network}, save_timeout_s=save_timeout_s, start_again=meet_again if start_again else None
+        )
     except Stopped as stopped:
         print(f"stopped by {stopped} before the run began; start it again to begin", file=sys.stderr)
-        return processes.STOPPED
-    return processes.run_group(argv, {**env, **network})
+        return endings.STOPPED
 
 
 def join(nodes: Nodes, *, nproc: int, parallel: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launch import config_file, politeness, process_marks, processes, report, report_data
+from launch import config_file, endings, politeness, process_marks, processes, report, report_data
 from launch import train as one_run
 from launch.report_data import is_number
 from launch.sweep_config import SweepConfig, Trial, trials
@@ -64,7 +64,7 @@ def sweep(config: SweepConfig, config_path: Path, *, command: Callable[[Trial], 
         print("stopping: the trials save and end; Ctrl-C again kills them", file=sys.stderr, flush=True)
         process_marks.stop_marked(f"{MARK}={mark}", patience_s=STOP_PATIENCE_S)
         print(f"stopped; go on with: trivet sweep {config_path}", file=sys.stderr)
-        return processes.STOPPED
+        return endings.STOPPED
     finally:
         _end_ray()
         process_marks.stop_marked(f"{MARK}={mark}", patience_s=0)

@@ -7,17 +7,18 @@ Exit codes: 0 done (also: already finished), 2 bad input, 75 stopped after savin
 import os
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from launch import config_file, disk_errors, politeness, processes
+from launch import config_file, disk_errors, politeness
 from launch.config_file import ConfigError
 from launch.extras import missing_extra
 from serving import format_version
 from serving.directory import MANIFEST, BadInput
+from trainer import status
 from trainer.config import PretrainedModel, RunConfig
-from trainer.guards import RunFailed
+from trainer.guards import PeerLost, RunFailed, StopRequest
 from trainer.redact import redacted
 
 # Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
@@ -31,14 +32,20 @@ _SHOWN_DIFFERENCES = 4  # with their values; of more, the names
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run that the arguments name; return the exit code."""
-    politeness.apply()
-    processes.report_start()
+    # Of several ranks none may die of a signal during its imports: the others would wait for it.
+    with StopRequest() if "RANK" in os.environ else nullcontext() as stop:
+        politeness.apply()
+        status.report_start()
+        return _main(argv, stop)
+
+
+def _main(argv: list[str] | None, stop: StopRequest | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0].startswith("-"):
         return _end(2, "usage: python -m launch.train CONFIG [section.key=value ...]")
     try:
         config = config_file.load(Path(arguments[0]), arguments[1:], RunConfig)
-        code = train(config)
+        code = train(config, stop)
         if code == 0:
             _say(f"model: {config.run.folder}/model; next: {_next_command(config)}")
     except BadInput as error:
@@ -51,12 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         explained = str(error) if isinstance(error, RunFailed) else disk_errors.explain(error)
         if not explained:
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        return _end(1, f"error: {explained or error}")
+        return _end(1, f"error: {explained or error}", lost=error if isinstance(error, PeerLost) else None)
     return _end(code)
 
 
-def train(config: RunConfig) -> int:
-    """Train a validated config, making its base model first where that is missing; return the exit code."""
+def train(config: RunConfig, stop: StopRequest | None = None) -> int:
+    """Train a validated config, making its base model first where that is missing; return the exit code.
+
+    `stop` hears signals already, if given.
+    """
     politeness.check_hub_address()
     if is_finished(config):
         _say(f"{config.run.folder}: already finished; change run.name to train again")
@@ -68,17 +78,18 @@ def train(config: RunConfig) -> int:
     from trainer import loop, run_folder
 
     try:
-        return loop.train(config, format_version.comment() + config_file.to_yaml(config))
+        return loop.train(config, format_version.comment() + config_file.to_yaml(config), stop)
     except BadInput:
         raise
     except BaseException as error:
-        if _rank() == 0 and config.run.folder.is_dir():
+        if (_rank() == 0 or getattr(error, "speaks", False)) and config.run.folder.is_dir():
             step = getattr(error, "step", None)
             if step is None:
                 step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
             code = 130 if isinstance(error, KeyboardInterrupt) else 1
             with suppress(OSError):  # the disk may be why it failed
-                run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=repr(error))
+                reason = str(error) if isinstance(error, PeerLost) else repr(error)
+                run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=reason)
         raise
 
 
@@ -200,11 +211,17 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"...{text[-57:]}"
 
 
-def _end(code: int, message: str = "") -> int:
-    """Say why the run ended, once, and leave the code where a group above the launcher looks for it."""
-    if message := redacted(message):
+def _end(code: int, message: str = "", lost: PeerLost | None = None) -> int:
+    """Say why the run ended, once, and leave the code where a group above the launcher looks for it.
+
+    What is wrong with another rank is said by whoever is there first, or by that group.
+    """
+    message = redacted(message)
+    if lost is not None and lost.speaks and not status.is_in_group():
+        print(message, file=sys.stderr)
+    elif message and lost is None:
         _say(message)
-    processes.report_exit(code, message)
+    status.report_exit(code, message, status.LOST if lost else "")
     return 0 if code == 75 and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 

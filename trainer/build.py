@@ -12,7 +12,19 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from trainer import compute, distributed, hub, leaks, model_dir, model_fit, model_folder, models, tracking
+from trainer import (
+    compute,
+    distributed,
+    handshake,
+    hub,
+    leaks,
+    model_dir,
+    model_fit,
+    model_folder,
+    models,
+    resident,
+    tracking,
+)
 from trainer.config import PretrainedModel, PretrainedTokenizer, RunConfig
 from trainer.dataset import Data, make_feed, prepare_data
 from trainer.distributed import World
@@ -23,6 +35,7 @@ from trainer.objectives import Objective
 from trainer.optim import build_optimizer
 from trainer.splits import Splits
 from trainer.strategies import STRATEGIES, check_world, tell_learning, tell_tied
+from trainer.watchdog import Watchdog
 
 
 @dataclass
@@ -38,6 +51,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     fingerprints: dict[str, str]  # of what must be the same when the run goes on
     outline: torch.nn.Module  # the whole model on the meta device, however the ranks divide it
+    program_bytes: int = 0  # of memory, taken before the data and the model were there
+    planned_bytes: int | None = None  # at most, beyond that; None where nobody knows
     left_out: Callable[[], list[str]] = list  # says which rows of a stream, as far as it was read, nothing learns from
 
     def samples(self, count: int) -> list[str]:
@@ -46,13 +61,14 @@ class Parts:
         return [self.tokenizer.decode(example.input_ids) for example in itertools.islice(examples, count)]
 
 
-def build(config: RunConfig) -> Parts:
-    """Return everything a run needs. Raises BadInput for data, model or batch that cannot work."""
+def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
+    """Return everything a run needs, on all ranks that `watchdog` watches. Raises BadInput for what cannot work."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # its warnings of retries hold the address, and a mirror's may hold a password
     tracking.check(config.log)
-    world = distributed.start(config)
+    world = distributed.start(config, watchdog)
+    program_bytes = 0 if world.accelerator.device.type == "cuda" else resident.now_bytes()
     check_world(config.strategy, world.mode)
     micro = micro_rows(config, world.size)
     if world.is_main:
@@ -72,6 +88,8 @@ def build(config: RunConfig) -> Parts:
     compute.set_up(model, config.batch)
     feed = make_feed(config, data, world)
     fingerprints = take_fingerprints(config, data)
+    brief = {name: value[:12] for name, value in fingerprints.items()}
+    handshake.agree(world.watchdog, "data", brief, "give every machine the same files")
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
         found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]
@@ -79,7 +97,10 @@ def build(config: RunConfig) -> Parts:
             Terminal.say_once(line)
     model, optimizer = distributed.prepare(world, model, optimizer, config, micro_rows=micro)
     left_out = functools.partial(data.left_out, config) if data.splits.streaming else list
-    return Parts(world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline, left_out)
+    return Parts(
+        world, data.splits, objective, tokenizer, feed, model, optimizer, fingerprints, outline,
+        program_bytes=program_bytes, left_out=left_out,
+    )  # fmt: skip
 
 
 def plain_model(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:

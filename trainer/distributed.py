@@ -22,6 +22,7 @@ from serving.directory import BadInput
 from trainer import fsdp, machines, modes, zero
 from trainer.config import RunConfig
 from trainer.guards import RunFailed
+from trainer.watchdog import Watchdog
 
 _MODES = {
     DistributedType.NO: "single",
@@ -29,6 +30,9 @@ _MODES = {
     DistributedType.MULTI_GPU: "ddp",
     DistributedType.DEEPSPEED: "deepspeed",
 }
+
+
+_AFTER_THE_WATCHDOG_S = 20
 
 
 class NotFinite(RunFailed):
@@ -42,8 +46,16 @@ class NotFinite(RunFailed):
 class World:
     """This process's place among the ranks, and what they do together."""
 
-    def __init__(self, accelerator: Accelerator, precision: str = "fp32", *, with_fsdp: bool = False) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        precision: str = "fp32",
+        *,
+        with_fsdp: bool = False,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.accelerator = accelerator
+        self.watchdog = watchdog or Watchdog()
         self.precision = precision
         # With fp16 the loss is scaled up, so that small gradients do not vanish, as far as large ones allow.
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if precision == "fp16" else None
@@ -95,8 +107,12 @@ class World:
         """Wait until every rank is here."""
         self.accelerator.wait_for_everyone()
 
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Say that this rank enters a phase, of the same step as before unless it is given. All ranks must, alike."""
+        self.watchdog.status.at(phase, step)
 
-def start(config: RunConfig) -> World:
+
+def start(config: RunConfig, watchdog: Watchdog | None = None) -> World:
     """Join the world that the launcher made. Raises BadInput if it asks for what this config or machine has not."""
     with_deepspeed, with_fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
     on_cpu = not torch.cuda.is_available()
@@ -114,7 +130,8 @@ def start(config: RunConfig) -> World:
     machines.refuse_lone_worlds()
     machines.use_reachable_interface()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # what is divided how is trainer/fsdp.py's
-        world = World(_join(config, on_cpu, with_deepspeed), config.precision.type, with_fsdp=with_fsdp)
+        accelerator = _join(config, on_cpu, with_deepspeed)
+    world = World(accelerator, config.precision.type, with_fsdp=with_fsdp, watchdog=watchdog)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     assert world.size == expected, f"the launcher started {expected} processes, but they form a world of {world.size}"
     assert with_deepspeed == (world.mode == "deepspeed"), f"DeepSpeed asked for: {with_deepspeed}; got {world.mode}"
@@ -182,7 +199,8 @@ def finish_step(
 
 
 def _join(config: RunConfig, on_cpu: bool, with_deepspeed: bool) -> Accelerator:
-    timeout = timedelta(seconds=config.run.timeout_s)
+    # The watchdog comes first: it names the rank that the others wait for.
+    timeout = timedelta(seconds=config.run.timeout_s + _AFTER_THE_WATCHDOG_S)
     # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
     mixed = "bf16" if with_deepspeed and config.precision.type == "bf16" else "no"
     if not with_deepspeed:

@@ -30,6 +30,7 @@ def evaluate(
     totals: Totals = {}
     with torch.no_grad(), world.autocast():
         for batch, counts in feed.evaluation(rows):
+            world.at("evaluation")
             sums = objective.sums(bare, to_device(world, batch))
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value.double().cpu().numpy() * counts

@@ -1,14 +1,13 @@
 """How much arithmetic a token of training takes."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.objectives import Objective
 from trainer.packing import Batch, repeated
-from trainer.plan import nothing_again
 
 _LENGTH = 256  # tokens: the counter keeps all activations, so not the whole batch
 
@@ -24,7 +23,7 @@ def flops_per_token(
     length = min(_LENGTH, row["input_ids"].shape[1])
     # Left out of torch's own list: the product that is added in place, as the loss does.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm})
-    with nothing_again(model), torch.compiler.set_stance("force_eager"), counter:
+    with _nothing_again(model), torch.compiler.set_stance("force_eager"), counter:
         with autocast():
             loss = objective.sums(model, repeated(row, length, 1))["loss"]
         if loss.requires_grad:
@@ -35,3 +34,16 @@ def flops_per_token(
 
 def _addmm(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: object) -> int:
     return 2 * left[0] * left[1] * right[1]
+
+
+@contextmanager
+def _nothing_again(model: torch.nn.Module) -> Iterator[None]:
+    """While open, no block computes its activations again."""
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True

@@ -22,6 +22,19 @@ class RunFailed(Exception):
         self.step = step
 
 
+class PeerLost(RunFailed):
+    """Another rank is gone, failed or hangs. `speaks`: this rank is the one that tells the user."""
+
+    def __init__(self, message: str, *, step: int, speaks: bool) -> None:
+        super().__init__(message, step=step)
+        self.speaks = speaks
+
+
+def exit_code(error: BaseException) -> int:
+    """Return what a process that ends with this error returns."""
+    return 2 if isinstance(error, BadInput) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 def failed(folder: Path, message: str) -> RunFailed:
     """Return the error of a run that failed between two checkpoints; it says where the run in `folder` goes on."""
     saved = (run_folder.read_status(folder) or {}).get("step", 0)

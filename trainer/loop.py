@@ -13,6 +13,7 @@ from trainer import (
     disk_space,
     distributed,
     early_stop,
+    handshake,
     leaks,
     order,
     out_of_memory,
@@ -30,26 +31,30 @@ from trainer.flops import flops_per_token
 from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
-from trainer.plan import Plan, make_plan
+from trainer.plan import glibc
+from trainer.plan.of_run import planned
+from trainer.plan.plan import Plan
 from trainer.progress import finish, is_best, leave, save, save_before_model
 from trainer.resume import resume
 from trainer.skipped import step_or_skip
 from trainer.strategies import unfreeze
 
 
-def train(config: RunConfig, config_yaml: str) -> int:
+def train(config: RunConfig, config_yaml: str, stop: StopRequest | None = None) -> int:
     """Train one run from its newest checkpoint, or from the start; return 0 when done, 75 when stopped after a save.
 
-    `config_yaml` is the resolved config, saved with the run. Raises BadInput for what the user can mend, before step 0.
+    `config_yaml` is the resolved config, saved with the run; `stop` hears signals already, if given. Raises BadInput
+    for what the user can mend, before step 0.
     """
     folder = config.run.folder
-    with StopRequest() as stop:
+    with nullcontext(stop) if stop else StopRequest() as stop, handshake.met(config) as watchdog:
         with out_of_memory.while_building(config):
-            parts = build(config)
+            parts = build(config, watchdog)
         is_main, device = parts.world.is_main, parts.world.accelerator.device
         plan = check_memory(config, parts, world_size=parts.world.size)
         if is_main:
             check_disk(config, parts)
+            parts.planned_bytes = None if plan is None else glibc.taken_bytes(plan)
         with out_of_memory.explained(plan, config, device):
             rehearse(parts)
         with run_folder.claimed(folder) if is_main else nullcontext():
@@ -84,18 +89,22 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
             loss_sum = torch.zeros((), device=world.accelerator.device)
             batches = feed.micro_batches(step)
             for i in range(feed.accumulation):
+                world.at("data", step + 1)
                 asked = time.perf_counter()
                 batch = to_device(world, next(batches))
                 data_wait_s += time.perf_counter() - asked
                 is_last = i == feed.accumulation - 1
                 torch.manual_seed(order.dropout_seed(config.run.seed, step, i, world.rank))
+                world.at("forward")
                 with distributed.accumulating(world, model, is_last=is_last):
                     with world.autocast():
                         loss = parts.objective.sums(model, batch)["loss"]
                     # Gradients are averaged over ranks, so the sum over all targets is size * mean.
                     scale = world.size / (count or 1)
+                    world.at("backward")
                     distributed.backward(world, model, loss * scale, accumulation=feed.accumulation, is_last=is_last)
                 loss_sum += loss.detach()
+            world.at("update")
             total_loss, stops = world.sum([float(loss_sum), bool(stop.signal_name)])
             lr = learning_rate(step, config.optim, config.run.steps)
             done = step_or_skip(config, parts, log, done, loss=total_loss, learning_rate=lr)
@@ -123,19 +132,17 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
 
 
 def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
-    """Return how much memory a rank needs; say so where it may be more than there is. None where ranks divide it.
+    """Return how much memory a rank needs; say so where it may be more than there is.
 
-    Raises OutOfMemory where it certainly is.
+    None where the model is of a kind that cannot be planned. Raises OutOfMemory where it certainly is too much.
     """
-    if parts.world.mode in ("deepspeed", "fsdp2"):
+    plan = planned(config, parts, world_size=world_size)
+    if plan is None:
         return None
-    model, accelerator = parts.world.accelerator.unwrap_model(parts.model), parts.world.accelerator
-    row = to_device(parts.world, parts.feed.longest(1))
-    with torch.compiler.set_stance("force_eager"):  # a few tokens, that no code is worth making for
-        plan = make_plan(model, parts.objective, row, config, world_size=world_size, autocast=parts.world.autocast)
-    warning = out_of_memory.refuse_what_cannot_fit(plan, config, accelerator.device, world_size=world_size)
-    if warning and parts.world.is_main:
-        Terminal.say_once(warning)
+    device = parts.world.accelerator.device
+    if warning := out_of_memory.refuse_what_cannot_fit(plan, config, device, world_size=world_size):
+        if parts.world.is_main:
+            Terminal.say_once(warning)
     return plan
 
 

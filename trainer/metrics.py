@@ -3,8 +3,6 @@
 import contextlib
 import datetime
 import json
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serving import directory
+from trainer import resident
 from trainer.guards import writing
 from trainer.run_folder import read_metrics
 from trainer.tracking import Tracker
@@ -156,7 +155,7 @@ def peak_memory_bytes() -> int:
     """Return the most memory this rank has used so far: on the GPU where there is one, else resident in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident.peak_bytes()
 
 
 def _kept(path: Path, start_step: int, total_steps: int) -> list[dict[str, Any]]:

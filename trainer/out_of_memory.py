@@ -11,9 +11,10 @@ from serving.directory import BadInput
 from trainer.config import NewModel, RunConfig
 from trainer.free_memory import free_bytes
 from trainer.guards import RunFailed
-from trainer.plan import Plan, advice
+from trainer.plan.advice import advice
+from trainer.plan.plan import Plan
 
-# The plan leaves out the allocator's slack (see trainer/plan.py), so its advice keeps away from the edge.
+# The plan leaves out the allocator's slack (see trainer/plan), so its advice keeps away from the edge.
 _SAFE_SHARE = 0.7
 _ALLOCATORS_SAY = (
     "DefaultCPUAllocator: can't allocate memory",

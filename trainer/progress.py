@@ -22,6 +22,7 @@ STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked 
 def save(config: RunConfig, parts: Parts, done: Counters) -> None:
     """Write a checkpoint on all ranks, and that the run has come this far."""
     folder = config.run.folder / "checkpoints"
+    parts.world.at("checkpoint")
     with writing(f"{folder}: the checkpoint of step {done.step}", config.run.folder):
         checkpoint.save(
             folder, parts.world, parts.model, parts.optimizer, replace(done, feed=parts.feed.state_after(done.step)),
@@ -76,7 +77,10 @@ def save_before_model(config: RunConfig, parts: Parts, done: Counters) -> None:
 
 def leave(config: RunConfig, world: World, done: Counters, stop: StopRequest, log: RunLog | None) -> int:
     """Say that the run stopped where everything is saved; return the exit code."""
-    reason = f"stopped by {stop.signal_name or 'a signal on another rank'}"
+    heard, ranks = world.sum([bool(stop.signal_name), bool(stop.signal_name) * world.rank])
+    reason = f"stopped by {stop.signal_name or 'a signal'}" + (
+        f" to rank {int(ranks)}" if heard == 1 < world.size else ""
+    )
     write_status(config, world, "stopped", STOPPED, done.step, reason)
     if log is not None:
         log.say(f"stopped at step {done.step}; start it again to go on")
@@ -93,6 +97,7 @@ def finish(config: RunConfig, parts: Parts, done: Counters, metrics: Metrics) ->
     test = parts.feed.test
     tested = evaluate(world, parts.model, parts.objective, parts.feed, test) if len(test) else Metrics()
     counts = count_parameters(parts.outline)
+    world.at("model")
     model = whole_model(config, parts)
     if world.is_main:
         for line in parts.left_out():
@@ -169,6 +174,8 @@ def _result(
         "seconds": done.elapsed_s,
         "tokens_per_s": done.total_tokens / max(done.elapsed_s, 1e-9),
         "peak_memory_bytes": peak_memory_bytes(),
+        "program_memory_bytes": parts.program_bytes,
+        "planned_memory_bytes": parts.planned_bytes,
         "data_fingerprint": parts.splits.fingerprint,
         "world_size": parts.world.size,
     }

@@ -11,6 +11,9 @@ from trainer.checkpoint import Counters
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.metrics import Terminal
+from trainer.status import RESTARTS
+
+_RESTARTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT")
 
 
 def resume(config: RunConfig, parts: Parts) -> Counters:
@@ -38,10 +41,10 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to go on from, None for the start, and why newer ones were skipped.
 
     A folder that `checkpoint.resume` names is obeyed, unless it is of another run and this one has saved since. A
-    process that a launcher started again goes on from the newest, whatever the first was told.
+    process that was started again after a failure goes on from the newest, whatever the first was told.
     """
     wanted, own = config.checkpoint.resume, config.run.folder / "checkpoints"
-    if wanted == "auto" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if wanted == "auto" or any(os.environ.get(name, "0") != "0" for name in _RESTARTS):
         return checkpoint.newest(own)
     if wanted == "never":
         return None, []

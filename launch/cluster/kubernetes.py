@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launch.endings import BAD_INPUT, STOPPED
 from launch.nodes import DEFAULT_PORT
-from launch.processes import BAD_INPUT, STOPPED
 
 if TYPE_CHECKING:
     from launch.cluster import Job

@@ -167,20 +167,36 @@ class Modes:
 
     def launch(self, mode: str, *configs: str | Path, nproc: int = 2, expected: int = 0) -> dict[str, Any]:
         """Train configs one after the other in a world of `nproc`; return its log, and what each rank left."""
-        results = self.folder / f"{mode}-{nproc}"
+        return self.launch_script(mode, "worker.py", *configs, nproc=nproc, expected=expected)
+
+    def launch_script(
+        self, mode: str, name: str, *configs: str | Path, nproc: int = 2, expected: int = 0
+    ) -> dict[str, Any]:
+        """Run a script of this folder on configs in a world of `nproc`; return its log, and what each rank left."""
+        results = self.folder / f"{mode}-{nproc}-{name.removesuffix('.py')}"
         argv, added = processes.accelerate_command(Path("CONFIG"), [], nproc=nproc, parallel=mode)
         assert argv[-3:] == ["-m", "launch.train", "CONFIG"]
-        log = self.run([*argv[:-3], str(FOLDER / "worker.py"), str(results), *map(str, configs)], added, expected)
+        log = self.run([*argv[:-3], str(self.script(name)), str(results), *map(str, configs)], added, expected)
         noise = [line for line in log.splitlines() if "warning" in line.lower() or "mismatch" in line]
         assert expected or not noise, noise
         files = [Path(f"{results}.{rank}") for rank in range(nproc)]
         return {"log": log, "ranks": [json.loads(file.read_text()) for file in files if not expected]}
 
+    @staticmethod
+    def script(name: str) -> Path:
+        """Return the path of what ranks run instead of `launch.train`."""
+        return FOLDER / name
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """Return what every rank has in its environment."""
+        inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+        return {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]), "OMP_NUM_THREADS": "1"}
+
     def run(self, argv: list[str], added: dict[str, str], expected: int = 0) -> str:
         """Run a command in a group of its own until it ends with the expected code; return what it said."""
         log = self.folder / "launch.log"
-        inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
-        env = {**added, "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]), "OMP_NUM_THREADS": "1"}
+        env = {**added, **self.environment()}
         with log.open("wb") as output, processes.Group(argv, env, output=output) as group:
             deadline = time.monotonic() + LONGEST_LAUNCH_S
             while group.poll() is None and time.monotonic() < deadline:

@@ -52,8 +52,8 @@ def test_a_dry_run_for_several_processes_divides_the_memory_among_them(trivet, w
 
 
 def test_a_run_that_may_not_fit_is_told_so_and_tried(trivet, work, monkeypatch):
-    make_plan, plans = loop.make_plan, []
-    monkeypatch.setattr(loop, "make_plan", lambda *args, **named: plans.append(make_plan(*args, **named)) or plans[-1])
+    planned, plans = loop.planned, []
+    monkeypatch.setattr(loop, "planned", lambda *args, **named: plans.append(planned(*args, **named)) or plans[-1])
 
     def free_bytes(device, **_):
         return (plans[-1].total_bytes + plans[-1].certain_bytes) // 2 - plans[-1].weights_bytes
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_built_is_named(trivet, work, error_of):
 
 RANKS = """
 import os, signal, subprocess, sys
-from launch.processes import report_exit, report_start
+from trainer.status import report_exit, report_start
 if "RANK" in os.environ:
     report_start()
     if os.environ["RANK"] == "1":

@@ -12,11 +12,12 @@ import pytest
 from launch import process_marks, processes
 from launch.processes import Group
 from serving.directory import BadInput
+from trainer import status
 
 # A rank that stops as the trainer does: a signal sets a flag, then it "saves", reports 75 and exits 0.
 RANK = """
 import os, pathlib, signal, subprocess, sys, time
-from launch.processes import report_exit
+from trainer.status import report_exit
 folder = pathlib.Path(sys.argv[1])
 stop = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -113,7 +114,7 @@ def test_the_exit_code_is_the_ranks_own_whatever_the_launcher_made_of_it(
 ):
     report = "" if reported is None else f"report_exit({reported}, 'why')"
     end = f"os.kill(os.getpid(), {-exit_status})" if exit_status < 0 else f"sys.exit({exit_status})"
-    command = script(f"import os, sys\nfrom launch.processes import report_exit\n{report}\n{end}\n")
+    command = script(f"import os, sys\nfrom trainer.status import report_exit\n{report}\n{end}\n")
     with Group(command, {}) as group:
         assert group.wait() == expected
         assert group.error() == ("why" if reported is not None else "")
@@ -129,8 +130,8 @@ def test_a_group_is_empty_once_it_is_closed(launcher, tmp_path):
 
 
 def test_reporting_outside_a_group_does_nothing(monkeypatch):
-    monkeypatch.delenv(processes.EXIT_FOLDER, raising=False)
-    processes.report_exit(75)
+    monkeypatch.delenv(status.EXIT_FOLDER, raising=False)
+    status.report_exit(75)
 
 
 def test_the_accelerate_command_names_config_world_and_overrides(monkeypatch):

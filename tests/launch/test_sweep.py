@@ -28,7 +28,7 @@ strategies:
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 from launch import config_file
-from launch.processes import report_exit
+from trainer.status import report_exit
 from trainer.config import RunConfig
 config = config_file.load(pathlib.Path(sys.argv[1]), sys.argv[2:], RunConfig)
 folder, lr, strategy = config.run.folder, config.optim.lr, config.strategy.type

@@ -226,8 +226,8 @@ def parts_of(monkeypatch):
     def train_and_keep(config, before=lambda parts: None):
         kept = []
 
-        def build(config):
-            kept.append(build_for_real(config))
+        def build(config, *rest):
+            kept.append(build_for_real(config, *rest))
             before(kept[-1])
             return kept[-1]
 

@@ -68,8 +68,8 @@ def scored(monkeypatch):
         def _states(model):
             return parts_by_model[id(model)].optimizer.optimizer.state.values()
 
-        def build(config):
-            parts = build_for_real(config)
+        def build(config, *rest):
+            parts = build_for_real(config, *rest)
             parts_by_model[id(parts.model)] = parts
             return parts
 
@@ -196,7 +196,7 @@ def test_the_best_step_survives_a_kill_at_any_step(make_config, train, scored, m
             train(killed)
     assert train(killed) == 0
     assert read_lines(killed) == read_lines(whole)
-    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes"}
+    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes", "program_memory_bytes"}
     assert {k: v for k, v in result(killed).items() if k not in clocked} == {
         k: v for k, v in result(whole).items() if k not in clocked
     }

@@ -46,7 +46,7 @@ def model_of(config) -> bytes:
 
 
 def result(config) -> dict:
-    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes"}
+    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes", "program_memory_bytes"}
     values = json.loads((config.run.folder / "result.json").read_text())
     return {name: value for name, value in values.items() if name not in clocked}
 

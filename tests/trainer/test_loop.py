@@ -4,8 +4,6 @@ import copy
 import importlib.metadata
 import json
 import math
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from trainer.distributed import NotFinite
 from trainer.evaluate import evaluate
 from trainer.guards import RunFailed
 from trainer.lm_head import Head
-from trainer.packing import IGNORED, repeated
+from trainer.packing import IGNORED
 
 
 def losses(config, read_lines) -> list[float]:
@@ -188,8 +186,8 @@ def poison_a_gradient(parts) -> None:
 def test_a_number_that_is_not_finite_stops_before_the_optimizer_steps(make_config, train, monkeypatch, poison, said):
     kept = {}
 
-    def build_poisoned(config):
-        parts = build.build(config)
+    def build_poisoned(config, *rest):
+        parts = build.build(config, *rest)
         poison(parts)
         kept.update(parts=parts, before=[p.detach().clone() for p in parts.model.parameters()])
         return parts
@@ -232,10 +230,10 @@ def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, mo
 
     nan = float("nan")
     if poison_at == "loss":
-        monkeypatch.setattr("trainer.lm_head.Head.loss_sum", poisoned(Head.loss_sum, call=10))
+        monkeypatch.setattr("trainer.lm_head.Head.loss_sum", poisoned(Head.loss_sum, call=8))
     else:
         monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", poisoned(Accelerator.clip_grad_norm_, call=3))
-    # The losses before that of step 3: four for the memory plan, of the rehearsal, one to count its arithmetic, of the
+    # The losses before that of step 3: two for the memory plan, of the rehearsal, one to count its arithmetic, of the
     # evaluation before step 0, of steps 1 and 2.
     with pytest.raises(NotFinite, match=said) as caught:
         train(make_config(evaluation={"max_rows": 1}))
@@ -243,8 +241,8 @@ def test_a_run_that_cannot_go_on_knows_its_finished_steps(make_config, train, mo
 
 
 def test_a_model_that_is_broken_from_the_start_is_said_to_be(make_config, train, monkeypatch):
-    def build_poisoned(config):
-        parts = build.build(config)
+    def build_poisoned(config, *rest):
+        parts = build.build(config, *rest)
         with torch.no_grad():
             parts.model.model.norm.weight[3] = float("nan")
         return parts
@@ -322,20 +320,6 @@ def test_where_there_is_no_room_for_a_last_checkpoint_the_model_is_written_witho
     assert said in capfd.readouterr().err
     assert (config.run.folder / "model" / "trivet.json").is_file()
     assert not list(config.run.folder.glob("checkpoints/*"))
-
-
-def test_the_memory_plan_runs_its_row_on_the_device_of_the_run(make_config, monkeypatch):
-    """The device "meta" stands for a GPU: it is not where a batch is made."""
-    config = make_config()
-    parts = build.build(config)
-    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model: model)
-    parts.world = SimpleNamespace(mode="single", size=1, is_main=True, accelerator=accelerator, autocast=nullcontext)
-    rows = []
-    monkeypatch.setattr(loop, "make_plan", lambda model, objective, row, *rest, **named: rows.append(row))
-    monkeypatch.setattr("trainer.out_of_memory.refuse_what_cannot_fit", lambda *args, **named: "")
-    loop.check_memory(config, parts, world_size=1)
-    for batch in (rows[0], repeated(rows[0], 4, 2)):
-        assert {tensor.device.type for tensor in batch.values()} == {"meta"}
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(make_config):

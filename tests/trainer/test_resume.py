@@ -28,7 +28,7 @@ def status(config) -> dict:
 
 def results(config) -> dict:
     """result.json without what depends on the clock."""
-    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes"}
+    clocked = {"seconds", "tokens_per_s", "peak_memory_bytes", "program_memory_bytes"}
     values = json.loads((config.run.folder / "result.json").read_text())
     return {name: value for name, value in values.items() if name not in clocked}
 

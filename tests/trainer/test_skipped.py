@@ -12,7 +12,7 @@ from trainer import build, distributed, loop
 from trainer.distributed import NotFinite
 from trainer.metrics import RunLog
 
-CLOCKED = {"seconds", "tokens_per_s", "peak_memory_bytes"}
+CLOCKED = {"seconds", "tokens_per_s", "peak_memory_bytes", "program_memory_bytes"}
 SKIP = {"on_non_finite": "skip"}
 
 
@@ -24,8 +24,8 @@ def poisoned(monkeypatch, train):
     def run(config, steps: set[int], *, what: str = "loss") -> dict[int, list[torch.Tensor]]:
         weights, now = {}, []
 
-        def build_poisoned(config):
-            parts = build.build(config)
+        def build_poisoned(config, *rest):
+            parts = build.build(config, *rest)
             norm = parts.world.accelerator.unwrap_model(parts.model).model.norm
 
             def is_bad() -> bool:

@@ -13,7 +13,12 @@ class Run(Section):
     dir: Path = Field(Path("runs"), description="Folder that holds run folders, relative to where you stand.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seeds initial weights, data order and dropout.")
     steps: int = Field(ge=1, description="Optimizer steps in all, those before a resume included.")
-    timeout_s: int = Field(600, ge=1, description="Seconds that a process waits for the others before it gives up.")
+    timeout_s: int = Field(
+        600,
+        ge=1,
+        description="Seconds without progress after which a run of several processes ends, naming the one that hangs; "
+        "reading and tokenising the data may take longer.",
+    )
 
     @property
     def folder(self) -> Path:
@@ -96,6 +101,9 @@ class Checkpoint(Section):
     )
     reshard: bool = Field(
         False, description="Also go on from a checkpoint of another parallel mode or number of processes."
+    )
+    save_timeout_s: int = Field(
+        600, ge=1, description="Seconds that `trivet train --nproc` waits for a save after a signal before it kills."
     )
 
 

@@ -1,0 +1,150 @@
+"""How far is the memory that `trivet plan` foretells from what real runs take?
+
+    python benchmarks/plan_error.py [--only full-ddp] [--output FILE]
+
+Each setting is a real `trivet train` of a few steps with a model of random weights, on this machine's CPU: built or
+loaded, evaluated, trained, saved. Both figures are its main rank's, without what the process takes before data and
+model are there: libraries, and the connection between ranks. The table goes to benchmarks/results/.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import train_work
+
+STEPS = 2
+MOST_ERROR = 0.15
+SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
+LARGE = {"hidden_size": 896, "intermediate_size": 2432, "num_layers": 6, "num_heads": 14, "num_kv_heads": 7}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. `parallel` of two processes, or single; `shape` of the model; `changes` to the config."""
+
+    strategy: str
+    parallel: str
+    shape: str
+    changes: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.strategy, self.parallel, self.shape, self.note)))
+
+
+LONG = ("batch.rows=16", "batch.max_length=512")
+AGAIN = (*LONG, "optim.type=adafactor", "batch.activation_checkpointing=true")
+SETTINGS = (
+    Setting("scratch", "single", "small"),
+    Setting("scratch", "single", "small", (*LONG, "precision.type=bf16"), "long bf16"),
+    Setting("full", "ddp", "small", LONG, "long"),
+    Setting("full", "zero2", "small", (*LONG, "batch.micro_rows=2"), "long accumulated"),
+    Setting("adapter", "single", "small", LONG, "long"),
+    Setting("linear_probe", "fsdp2", "small"),
+    Setting("lora", "zero3", "small"),
+    Setting("full", "single", "large"),
+    Setting("full", "single", "large", AGAIN, "long again"),
+    Setting("lora", "single", "large", LONG, "long"),
+    Setting("lora", "ddp", "large", (*LONG, "batch.micro_rows=4"), "long accumulated"),
+    Setting("partial", "ddp", "large"),
+    Setting("full", "ddp", "large"),
+    Setting("full", "zero1", "large"),
+    Setting("full", "zero2", "large"),
+    Setting("full", "zero3", "large"),
+    Setting("full", "fsdp2", "large"),
+    Setting("full", "zero3-offload", "large"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[setting.name for setting in SETTINGS], action="append")
+    parser.add_argument("--output", type=Path, default=train_work.ROOT / "benchmarks" / "results" / "plan_error.md")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for shape, sizes in (("small", SMALL), ("large", LARGE)):
+            make_base(Path(folder), shape, sizes)
+        for setting in SETTINGS:
+            if setting.name in (options.only or [setting.name]):
+                rows.append(row_of(setting, run(setting, Path(folder))))
+                print(rows[-1], flush=True)
+                options.output.write_text(page(rows))
+
+
+def make_base(folder: Path, shape: str, sizes: dict[str, int]) -> None:
+    """Write the config of a model of this shape, and a run of one step that makes it."""
+    lines = [f"model: {{type: new, context_length: 512, {', '.join(f'{k}: {v}' for k, v in sizes.items())}}}"]
+    common = (
+        "objective: {type: causal_lm}\ndata: {type: embedded, max_rows: 400}\nevaluation: {max_rows: 4}\n"
+        "batch: {rows: 4, max_length: 128}\nlog: {tensorboard: false}\n"
+    )
+    new = common + "\n".join([*lines, "tokenizer: {type: train, vocab_size: 4096}", "strategy: {type: scratch}"])
+    (folder / f"{shape}-scratch.yaml").write_text(f"run: {{name: base-{shape}, dir: {folder}, steps: 1}}\n{new}\n")
+    old = f"model: {{type: pretrained, path: {folder / f'base-{shape}' / 'model'}}}\nstrategy: {{type: full}}\n"
+    (folder / f"{shape}.yaml").write_text(f"run: {{name: x, dir: {folder}, steps: {STEPS}}}\n{common}{old}")
+    train([str(folder / f"{shape}-scratch.yaml")])
+
+
+def run(setting: Setting, folder: Path) -> dict:
+    """Return the result of the run of a setting."""
+    name = setting.name.replace(" ", "-")
+    from_scratch = setting.strategy == "scratch"
+    config = folder / f"{setting.shape}{'-scratch' if from_scratch else ''}.yaml"
+    words = [str(config), f"run.name={name}", f"run.steps={STEPS}", f"strategy.type={setting.strategy}"]
+    if setting.strategy == "partial":
+        words.append("strategy.train=[model.layers.4.*, model.layers.5.*]")
+    if setting.parallel != "single":
+        words += ["--nproc", "2", "--parallel", setting.parallel]
+    train([*words, *setting.changes])
+    return json.loads((folder / name / "result.json").read_text())
+
+
+def train(words: list[str]) -> None:
+    """Run `trivet train` on one thread a process. Raises RuntimeError, with its last words, if it failed."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(train_work.ROOT),
+    }  # fmt: skip
+    command = [sys.executable, str(train_work.ROOT / "trivet.py"), "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=train_work.ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {' '.join(done.stderr.strip().splitlines()[-3:])}")
+
+
+def row_of(setting: Setting, result: dict) -> str:
+    measured = result["peak_memory_bytes"] - result["program_memory_bytes"]
+    planned = result["planned_memory_bytes"]
+    error = planned / measured - 1
+    mark = "" if abs(error) <= MOST_ERROR else " **beyond 15 %**"
+    return (
+        f"| {setting.strategy} | {setting.parallel} | {setting.shape} | {setting.note} | {planned / 1e9:.3f} "
+        f"| {measured / 1e9:.3f} | {error:+.1%}{mark} |"
+    )
+
+
+def page(rows: list[str]) -> str:
+    sizes = "; ".join(
+        f"{name}: {', '.join(f'{key} {value}' for key, value in shape.items())}"
+        for name, shape in (("small", SMALL), ("large", LARGE))
+    )
+    header = "| strategy | mode | model | note | planned, GB | measured, GB | error |\n|---|---|---|---|---|---|---|\n"
+    return (
+        f"# Planned and measured peak memory\n\n`python benchmarks/plan_error.py`; {train_work.conditions()}, "
+        f"deepspeed {importlib.metadata.version('deepspeed')}.\n\n{header}" + "\n".join(rows) + "\n\n"
+        f"Real runs of {STEPS} steps on the CPU, two processes but where the mode is single, one thread each. GB are "
+        "10^9 bytes of the main rank's peak of resident memory, both without what the same process took before data "
+        f"and model were there (about 0.45 GB). Llama in fp32, vocabulary 4,096; {sizes}. 4 rows of 128 tokens a step; "
+        "long: 16 of 512; accumulated: 2 or 4 rows a pass; again: activations computed again, and Adafactor.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
