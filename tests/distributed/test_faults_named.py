@@ -42,10 +42,10 @@ def ranks(tmp_path, free_port):
             for rank in (0, 1)
         ]  # fmt: skip
         try:
-            first = started[0].communicate(timeout=120)[0]
+            first = started[0].communicate(timeout=600)[0]
             if last == "hang_in_c":
                 started[1].kill()  # as the agent does
-            return [(started[0].returncode, first), (started[1].wait(timeout=60), started[1].communicate()[0])]
+            return [(started[0].returncode, first), (started[1].wait(timeout=600), started[1].communicate()[0])]
         finally:
             for process in started:
                 process.kill()

@@ -77,7 +77,7 @@ def interrupt(process: subprocess.Popen, mark: str, when: str) -> tuple[int, str
             break
     os.killpg(process.pid, signal.SIGINT)
     seen.append(process.stderr.read())
-    code = process.wait(60)
+    code = process.wait(600)
     deadline = time.monotonic() + 10
     while process_marks.marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_an_export_with_nothing_half_written(work):
     process = start("export", "model", "new", mark=mark)
     time.sleep(8)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(60)
+    process.wait(600)
     assert not process_marks.marked(mark)
     names = {path.name for path in work.iterdir()}
     assert names - {"new"} == {"tiny.yaml", "text.txt", "onnx", "model"}

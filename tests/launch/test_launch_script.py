@@ -138,7 +138,7 @@ def test_shellcheck_is_awake(tmp_path):
 
 def test_slurm_starts_every_node_with_its_rank_and_the_first_ones_address(cluster):
     answer(cluster, 0, 0)
-    assert cluster(RECIPES / "slurm.sbatch").wait(timeout=60) == 0
+    assert cluster(RECIPES / "slurm.sbatch").wait(timeout=600) == 0
     for rank in (0, 1):
         _, *words = told(cluster, rank)
         assert words[-4:] == ["--machine-rank", str(rank), "--main-address", "node7:20007"]
@@ -151,7 +151,7 @@ def test_slurm_passes_the_warning_on_waits_for_both_nodes_and_requeues(cluster, 
     running = cluster(RECIPES / "slurm.sbatch")
     wait_for(cluster.folder / "started-0", cluster.folder / "started-1")
     running.send_signal(number)
-    assert running.wait(timeout=60) == 75
+    assert running.wait(timeout=600) == 75
     assert (cluster.folder / "saved-0").exists()
     assert (cluster.folder / "saved-1").exists()
     assert (cluster.folder / "requeued").read_text() == "50007\n"
@@ -160,7 +160,7 @@ def test_slurm_passes_the_warning_on_waits_for_both_nodes_and_requeues(cluster, 
 @pytest.mark.parametrize("code", [1, 2])
 def test_slurm_requeues_nothing_else(cluster, code):
     answer(cluster, code, code)
-    assert cluster(RECIPES / "slurm.sbatch").wait(timeout=60) == code
+    assert cluster(RECIPES / "slurm.sbatch").wait(timeout=600) == code
     assert not (cluster.folder / "requeued").exists()
 
 
@@ -176,7 +176,7 @@ def test_slurm_asks_for_no_gpu_where_there_are_none(trivet):
 def test_ssh_starts_every_host_in_the_same_folder_with_its_rank(cluster):
     answer(cluster, 0, 0)
     running = cluster(RECIPES / "ssh.sh", "alpha", "beta")
-    assert running.wait(timeout=60) == 0, running.stderr.read()
+    assert running.wait(timeout=600) == 0, running.stderr.read()
     for rank in (0, 1):
         folder, *words = told(cluster, rank)
         assert folder == str(cluster.here)
@@ -190,7 +190,7 @@ def test_ssh_tells_every_host_to_save_and_waits(cluster, number):
     running = cluster(RECIPES / "ssh.sh", "alpha", "beta")
     wait_for(cluster.folder / "started-0", cluster.folder / "started-1")
     running.send_signal(number)
-    assert running.wait(timeout=60) == 75
+    assert running.wait(timeout=600) == 75
     assert (cluster.folder / "saved-0").exists()
     assert (cluster.folder / "saved-1").exists()
 
@@ -198,12 +198,12 @@ def test_ssh_tells_every_host_to_save_and_waits(cluster, number):
 @pytest.mark.parametrize(("codes", "code"), [((75, 1), 1), ((1, 75), 1), ((0, 2), 2), ((75, 75), 75), ((75, 0), 75)])
 def test_ssh_asks_to_be_run_again_only_where_nothing_failed(cluster, codes, code):
     answer(cluster, *codes)
-    assert cluster(RECIPES / "ssh.sh", "alpha", "beta").wait(timeout=60) == code
+    assert cluster(RECIPES / "ssh.sh", "alpha", "beta").wait(timeout=600) == code
 
 
 def test_ssh_with_too_few_hosts_says_how_many(cluster):
     running = cluster(RECIPES / "ssh.sh", "alpha")
-    assert running.wait(timeout=60) == 2
+    assert running.wait(timeout=600) == 2
     assert "1 hosts found; accepted: 2" in running.stderr.read()
     assert not (cluster.folder / "hosts").exists()
 
@@ -215,7 +215,7 @@ def test_an_override_reaches_trivet_as_it_was_typed(trivet, cluster, tmp_path, k
     assert code == 0, err
     (tmp_path / "script").write_text(text)
     answer(cluster, 0, 0)
-    assert cluster(tmp_path / "script", "alpha", "beta").wait(timeout=60) == 0
+    assert cluster(tmp_path / "script", "alpha", "beta").wait(timeout=600) == 0
     assert told(cluster, 1)[3] == typed
 
 

@@ -55,21 +55,21 @@ def machine(free_port):
 
 def error_of(process) -> str:
     """The one line that a machine ends with."""
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=600)[1]
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     return line
 
 
 def test_machines_that_are_all_there_go_on_and_know_the_network_between_them(machine):
     for process in [machine(rank, count=3) for rank in (2, 0, 1)]:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         assert (process.returncode, json.loads(out)) == (0, {"GLOO_SOCKET_IFNAME": "lo"})
         assert "all 3 machines are there; ranks talk over lo" in err
 
 
 def test_an_interface_that_the_user_chose_stays(machine):
     for process in [machine(0, GLOO_SOCKET_IFNAME="ib0"), machine(1, GLOO_SOCKET_IFNAME="ib0")]:
-        assert json.loads(process.communicate(timeout=60)[0]) == {}
+        assert json.loads(process.communicate(timeout=600)[0]) == {}
 
 
 def test_the_machine_that_is_missing_is_named_to_those_that_came(machine, free_port):
@@ -141,7 +141,7 @@ def test_strangers_that_knock_change_nothing(machine, free_port):
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)
     second = machine(1)
-    assert [process.wait(timeout=60) for process in (main, second)] == [0, 0]
+    assert [process.wait(timeout=600) for process in (main, second)] == [0, 0]
 
 
 def test_a_machine_that_died_while_it_waited_may_come_again(machine, free_port):
@@ -152,7 +152,7 @@ def test_a_machine_that_died_while_it_waited_may_come_again(machine, free_port):
         dead.sendall(json.dumps(card).encode() + b"\n")
         time.sleep(0.5)
     others = [machine(rank, count=3) for rank in (1, 2)]
-    assert [process.wait(timeout=60) for process in (main, *others)] == [0, 0, 0]
+    assert [process.wait(timeout=600) for process in (main, *others)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -162,7 +162,7 @@ def test_a_signal_before_the_run_began_asks_to_be_started_again(machine, number)
         if "meets the others" in line:
             break
     waiting.send_signal(number)
-    said = waiting.communicate(timeout=60)[1]
+    said = waiting.communicate(timeout=600)[1]
     assert waiting.returncode == 75
     assert said == f"stopped by {signal.Signals(number).name} before the run began; start it again to begin\n"
 
@@ -174,9 +174,9 @@ def test_machine_0_may_be_stopped_and_come_again_while_the_others_wait(machine):
             break
     time.sleep(1)  # so that machine 1 has come; if it has not, it comes to the second one
     waiting[1].send_signal(signal.SIGTERM)
-    assert waiting[1].wait(timeout=60) == 75
+    assert waiting[1].wait(timeout=600) == 75
     others = [machine(0, count=3), machine(2, count=3)]
-    assert [process.wait(timeout=60) for process in (waiting[0], *others)] == [0, 0, 0]
+    assert [process.wait(timeout=600) for process in (waiting[0], *others)] == [0, 0, 0]
 
 
 # --- what the command line says --------------------------------------------------------------------------------------

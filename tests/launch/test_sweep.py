@@ -374,7 +374,7 @@ def test_an_interrupted_sweep_lets_its_trials_save_and_leaves_no_process(driver,
         os.killpg(running.pid, number)  # as a terminal does: Ray's processes get it too
     else:
         running.send_signal(number)
-    _, stderr = running.communicate(timeout=90)
+    _, stderr = running.communicate(timeout=600)
     assert running.returncode == 75, stderr
     states = [json.loads(path.read_text())["state"] for path in folder.glob("*/status.json")]
     assert states == ["stopped", "stopped"]
