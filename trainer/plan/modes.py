@@ -53,6 +53,7 @@ def make_plan(recordings: Recordings, mode: str) -> Plan:
         by_term=t.most_by_term,
         most_by_phase=t.most_by_phase,
         pass_bytes=partial(recordings.pass_bytes, mode),
+        precision=config.precision.type,
         on_gpu=on_gpu,
         beyond_bytes=recordings.beyond_bytes(mode),
         host_bytes=sum(on_host.most_by_term[term] for term in ("weights", "gradients", "optimizer")),

@@ -22,6 +22,7 @@ class Plan:
     by_term: dict[str, int]
     most_by_phase: dict[str, int]
     pass_bytes: Callable[[int, int], int]  # besides weights and gradients: of so many rows of such a length
+    precision: str = "fp32"
     on_gpu: bool = False
     beyond_bytes: int = 0  # of rows of a pass that were not run, as Recordings says
     host_bytes: int = 0  # what is offloaded

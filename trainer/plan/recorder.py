@@ -63,8 +63,8 @@ class Recorder(TorchDispatchMode):
             self._known[tensor.untyped_storage()] = -1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if torch.is_grad_enabled():
-            self.events.append((NODE, 1))
+        if torch.is_grad_enabled() and not torch._C._current_autograd_node():
+            self.events.append((NODE, 1))  # not where activations are computed again, layer by layer
         if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a number that an optimizer or a model reads, as Adafactor does a norm: any does
         found = _without_masks(function, args)(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from trainer.packing import Batch, repeated
 from trainer.plan.passes import Passes, record
 from trainer.plan.sketch import Sketch
 
-_MOST_TOKENS = 2**16  # of a pass that is recorded as it is
+_MOST_TOKENS = 2**13  # of a pass that is recorded as it is: attention within short documents takes many operations
 
 
 class Recordings:

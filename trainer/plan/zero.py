@@ -54,6 +54,8 @@ def _zero_1_or_2(t: Timeline, rank: Rank, *, divides_gradients: bool) -> None:
                 t.brief("buffers", [bucket_bytes(rank)])
             flat = t.take("gradients", part)
             t.run(step, "buffers", "optimizer")
+            if not rank.on_gpu:
+                t.brief("buffers", [sum(rank.learning_bytes)])  # gloo gathers the new weights into a copy
             t.give(flat, *kept)
     save(t, rank, [part])
     rebuild(t, rank, copies=2)
