@@ -31,8 +31,7 @@ class Recordings:
     @property
     def batch_bytes(self) -> int:
         """The tensors of one forward pass: those of the next are made when it is done."""
-        size = sum(tensor.nbytes for tensor in self._batch.values())
-        return size * self.micro_rows // _rows_run(self.micro_rows, self.length)
+        return self._batch_bytes_run * self.micro_rows // _rows_run(self.micro_rows, self.length)
 
     def passes(self, mode: str) -> Passes:
         """Return what the passes of a micro-batch do, or of the first rows of it."""
@@ -56,11 +55,16 @@ class Recordings:
         return _rows_run(self.micro_rows, self.length) == self.micro_rows
 
     def beyond_bytes(self, mode: str) -> int:
-        """Return what the rows add that are not recorded."""
+        """Return what the rows add that are not recorded, besides their part of the batch."""
         if self.is_whole:
             return 0
         recorded = self.pass_bytes(mode, _rows_run(self.micro_rows, self.length), self.length)
-        return self.pass_bytes(mode, self.micro_rows, self.length) - recorded
+        of_batch = self.batch_bytes - self._batch_bytes_run
+        return self.pass_bytes(mode, self.micro_rows, self.length) - recorded - of_batch
+
+    @property
+    def _batch_bytes_run(self) -> int:
+        return sum(tensor.nbytes for tensor in self._batch.values())
 
     @contextmanager
     def model_of(self, mode: str) -> Iterator[torch.nn.Module]:
