@@ -139,9 +139,9 @@ def test_a_restart_takes_the_newest_checkpoint_only_if_this_run_has_saved_one(ma
 
 
 @pytest.fixture
-def make_run(base_config):
+def make_run(base_config, tmp_path):
     """A run, and a function that makes a checkpoint of it, as far as a restart looks at one."""
-    config = config_file.load(base_config, [], RunConfig)
+    config = config_file.load(base_config, [f"run.dir={tmp_path / 'runs'}"], RunConfig)
     config.run.folder.mkdir(parents=True)
 
     def save(step: int) -> None:
