@@ -210,7 +210,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *changes,
         ("tokens seen", _number(result.get("tokens"))),
         ("peak memory", _size(result.get("peak_memory_bytes"))),
-        ("peak memory as planned", _size(_planned_bytes(result))),
+        *([("peak memory as planned", _size(planned))] if (planned := _planned_bytes(result)) is not None else []),
         ("processes", str(result.get("world_size", ""))),
         ("data fingerprint", str(result.get("data_fingerprint", ""))),
         ("versions", ", ".join(f"{name} {version}" for name, version in mapping(result, "versions").items())),

@@ -38,7 +38,7 @@ def test_a_batch_that_can_never_fit_is_refused_before_it_is_tried(trivet, work, 
 def test_a_dry_run_says_the_memory_and_refuses_what_cannot_fit(trivet, work, error_of):
     code, out, _ = trivet("train", "tiny.yaml", "run.name=new", "--dry-run")
     assert code == 0
-    assert re.search(r"about \d+ MiB of memory for each process and about 0.5 GiB more for the program itself", out)
+    assert re.search(r"about \d+ [KM]iB of memory for each process and about 0.5 GiB more for the program itself", out)
     code, _, err = trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "batch.rows=100000000")
     assert code == 2
     assert "out of memory" in error_of(err)

@@ -143,7 +143,9 @@ def test_a_pass_takes_what_torch_says_that_it_allocated(make_config, tmp_path, o
     totals = [event["args"] for event in events if event["name"] == "[memory]"]
     before = totals[0]["Total Allocated"] - totals[0]["Bytes"]
     found = max(args["Total Allocated"] for args in totals) - before
-    assert plan.most_by_phase["rehearsal"] - plan.weights_bytes == pytest.approx(found, rel=0.03)
+    # In bf16 oneDNN copies what it multiplies.
+    rel = 0.08 if config.precision.type == "bf16" else 0.03
+    assert plan.most_by_phase["rehearsal"] - plan.weights_bytes == pytest.approx(found, rel=rel)
 
 
 def test_activations_that_are_computed_again_are_mostly_those_of_one_block(plan_of):

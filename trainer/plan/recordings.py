@@ -42,7 +42,7 @@ class Recordings:
         return self._passes[key]
 
     def pass_bytes(self, mode: str, rows: int, length: int) -> int:
-        """Return the most bytes at once, besides weights and gradients, of a pass over so many of the longest row."""
+        """Return the most bytes at once of a pass over so many of the longest row, besides weights, gradients, batch."""
         run = _rows_run(rows, length)
         most = self._recorded_bytes(mode, run, length)
         if run == rows:
@@ -74,8 +74,7 @@ class Recordings:
         key = (self._computes(mode), rows, length)
         if key not in self._most:
             batch = repeated(self._row, length, rows)
-            most = self._record(mode, batch, only_learning=True).learning.most_bytes
-            self._most[key] = most + sum(tensor.nbytes for tensor in batch.values())
+            self._most[key] = self._record(mode, batch, only_learning=True).learning.most_bytes
         return self._most[key]
 
     def _record(self, mode: str, batch: Batch, *, only_learning: bool) -> Passes:
