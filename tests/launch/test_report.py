@@ -168,7 +168,7 @@ def test_a_single_point_and_equal_names_can_be_drawn():
 def test_the_planned_memory_stands_beside_the_measured_one(make_run):
     """By hand: 400 MiB for the program and 250 MiB planned on top of it, beside 700 MiB measured."""
     folder = make_run("one")
-    assert "planned" not in visible_text(write_report([folder]).read_text())
+    assert "MiB planned" not in visible_text(write_report([folder]).read_text())
     result = json.loads((folder / "result.json").read_text())
     known = {"program_memory_bytes": 400 * 1024**2, "planned_memory_bytes": 250 * 1024**2, "world_size": 2}
     (folder / "result.json").write_text(json.dumps({**result, **known}))

@@ -42,7 +42,7 @@ class Recordings:
         return self._passes[key]
 
     def pass_bytes(self, mode: str, rows: int, length: int) -> int:
-        """Return the most bytes at once of a pass over so many of the longest row, besides weights, gradients, batch."""
+        """Return the most bytes at once of a pass over so many of the longest row: what it makes, without gradients."""
         run = _rows_run(rows, length)
         most = self._recorded_bytes(mode, run, length)
         if run == rows:
