@@ -140,9 +140,9 @@ def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | 
     if plan is None:
         return None
     device = parts.world.accelerator.device
-    if warning := out_of_memory.refuse_what_cannot_fit(plan, config, device, world_size=world_size):
-        if parts.world.is_main:
-            Terminal.say_once(warning)
+    warning = out_of_memory.refuse_what_cannot_fit(plan, config, device, world_size=world_size)
+    if warning and parts.world.is_main:
+        Terminal.say_once(warning)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""What each mode needs, against theory (Rajbhandari et al. 2020, arXiv:1910.02054): fp32 weights, gradients, moments."""
+"""What each mode needs, against theory (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
 import pytest
 
