@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux'
         ([(0, 100 * MIB), (1, 50 * MIB), (0, 0), (1, 0)], 150 * MIB),
         # Once a block of 20 MiB was freed, smaller ones lie in the heap: a ninth keeps it from shrinking when 16 MiB
         # below it are freed, and 17 MiB find no room there.
-        ([(10, 20 * MIB), (10, 0), *[(i, 2 * MIB) for i in range(9)], *[(i, 0) for i in range(8)], (9, 17 * MIB)],
-         35 * MIB),
+        (
+            [(10, 20 * MIB), (10, 0), *[(i, 2 * MIB) for i in range(9)], *[(i, 0) for i in range(8)], (9, 17 * MIB)],
+            35 * MIB,
+        ),
     ],
     ids=["one after the other", "at once", "a heap with a hole"],
 )
