@@ -78,8 +78,7 @@ class Runs:
 
     @property
     def weights(self) -> int:
-        [result] = list(self.folder.glob("runs/one-4/result.json"))
-        return json.loads(result.read_text())["total_parameters"]
+        return json.loads((self.folder / "runs" / f"one-{ROWS}" / "result.json").read_text())["total_parameters"]
 
     def step_s(self, name: str, *flags: str) -> float:
         """Train here; return the median seconds of a step."""

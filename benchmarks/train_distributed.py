@@ -13,14 +13,14 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import train_work
 
-from launch.processes import accelerate_config
+from launch.processes import accelerate_command
 
+BENCHMARKS = train_work.ROOT / "benchmarks"
 MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 NAMES = {"ours": "Trivet", "trainer-best": "Trainer, grouped by length, small passes", "trainer-default": "Trainer"}
 SIZES = {"2m": (6, 16, 1e-3), "9m": (6, 16, 1e-3)}  # steps of one pass, documents of a step, learning rate
@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--nproc", type=int, default=2)
-    results = train_work.ROOT / "benchmarks" / "results"
-    parser.add_argument("--output", type=Path, default=results / "train_distributed.md")
+    parser.add_argument("--output", type=Path, default=BENCHMARKS / "results" / "train_distributed.md")
     options = parser.parse_args()
     lines = [
         "| mode | system | real tokens/s, median (lowest to highest) | ours is faster by, median | outside forward, "
@@ -69,13 +68,16 @@ def take_turns(mode: str, work: Path, options: argparse.Namespace) -> Rounds:
 
 def run(system: str, mode: str, work: Path, seed: int, options: argparse.Namespace) -> dict:
     """Return what the ranks of one launch measured together. Raises RuntimeError, with its last words, if it failed."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(mode))]
-    program = [str(train_work.ROOT / "benchmarks" / "train_systems.py"), system, str(work)]
-    command = [*launch, "--num_processes", str(options.nproc), *program]
-    command += ["--precision", options.precision, "--seed", str(1000 * MODES.index(mode) + seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-    # As `trivet train` sets it: DeepSpeed and FSDP would not start so.
-    environment |= {"ACCELERATE_USE_CPU": "true"} if mode == "ddp" else {}
+    options_of_run = ["--precision", options.precision, "--seed", str(1000 * MODES.index(mode) + seed)]
+    command, environment = accelerate_command(
+        Path(system), [str(work), *options_of_run], nproc=options.nproc, parallel=mode, module="train_systems"
+    )
+    here = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
+    }
+    environment = {**os.environ, **environment, **here}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"steps"')]
     if done.returncode or len(ranks) != options.nproc:

@@ -114,7 +114,7 @@ def table(title: str, rounds: Rounds, plan: train_work.Plan) -> str:
     )
     lines.append(f"\nThe losses of one system, by the order of the texts alone: {spread}.")
     lines.append(
-        f"\n{tokens:,} tokens in about {plan.steps} steps; GEMM rate {statistics.median(rates):.0f} GFLOP/CPU s "
+        f"\n{tokens:,.0f} tokens in about {plan.steps} steps; GEMM rate {statistics.median(rates):.0f} GFLOP/CPU s "
         f"({min(rates):.0f} to {max(rates):.0f}), measured before and after every run.\n"
     )
     return "\n".join(lines)

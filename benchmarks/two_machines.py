@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ def bytes_sent() -> int:
 
 def run_on_both(*arguments: object) -> None:
     """Run one `trivet` command on both. Raises RuntimeError, with its last words, where one failed."""
-    place = ["--nodes", "2", "--main-address", f"{ADDRESSES[0]}:{_port()}"]
+    place = ["--nodes", "2", "--main-address", ADDRESSES[0]]
     started = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, *trivet(*arguments, *place, "--machine-rank", rank)],
@@ -78,9 +77,3 @@ def doctor() -> dict[str, float]:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     found = {row["subject"]: row.get("value") for row in json.loads(done.stdout)["findings"]}
     return {"bytes_per_s": found["all-reduce bandwidth"] * 1e6, "latency_s": found["all-reduce latency"] / 1e6}
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from launch import duration
 from serving.directory import BadInput
 from trainer.config import RunConfig
 from trainer.out_of_memory import in_words
@@ -178,18 +179,8 @@ def _work(answer: Answer) -> str:
     found, asked, steps = answer.found, answer.asked, answer.config.run.steps
     time = "give --gpu-tflops for the time it takes"
     if answer.time_s is not None:
-        time = f"{_duration(answer.time_s)} at {asked.mfu:.0%} of {asked.ranks} x {asked.tflops:g} TFLOP/s"
+        time = f"{duration.in_words(answer.time_s)} at {asked.mfu:.0%} of {asked.ranks} x {asked.tflops:g} TFLOP/s"
     return (
         f"a step: {found.tokens_per_step:,.0f} tokens, {answer.step_flops:.3g} FLOP; {steps:,} steps: {found.reads}, "
         f"{answer.flops:.3g} FLOP; {time}"
     )
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(seconds, 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    if hours:
-        return f"{hours:.0f} h {minutes:.0f} min"
-    return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch import report_data, report_page, report_plots
+from launch import duration, report_data, report_page, report_plots
 from launch.report_data import Run, Sweep, is_number, mapping
 from launch.report_evidence import leaks, samples
 from launch.report_labels import by_label
@@ -239,11 +239,7 @@ def _number(value: object) -> str:
 
 
 def _duration(seconds: object) -> str:
-    if not is_number(seconds):
-        return ""
-    minutes, rest = divmod(float(seconds), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+    return duration.in_words(seconds) if is_number(seconds) else ""
 
 
 def _size(num_bytes: object) -> str:

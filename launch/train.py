@@ -18,7 +18,7 @@ from serving import format_version
 from serving.directory import MANIFEST, BadInput
 from trainer import status
 from trainer.config import PretrainedModel, RunConfig
-from trainer.guards import PeerLost, RunFailed, StopRequest
+from trainer.guards import PeerLost, RunFailed, StopRequest, exit_code
 from trainer.redact import redacted
 
 # Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
@@ -82,14 +82,13 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
     except BadInput:
         raise
     except BaseException as error:
-        if (_rank() == 0 or getattr(error, "speaks", False)) and config.run.folder.is_dir():
+        if (status.own_rank() == 0 or getattr(error, "speaks", False)) and config.run.folder.is_dir():
             step = getattr(error, "step", None)
             if step is None:
                 step = (run_folder.read_status(config.run.folder) or {}).get("step", 0)
-            code = 130 if isinstance(error, KeyboardInterrupt) else 1
             with suppress(OSError):  # the disk may be why it failed
                 reason = str(error) if isinstance(error, PeerLost) else repr(error)
-                run_folder.write_status(config.run.folder, "failed", code=code, step=step, reason=reason)
+                run_folder.write_status(config.run.folder, "failed", code=exit_code(error), step=step, reason=reason)
         raise
 
 
@@ -101,11 +100,15 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     politeness.check_hub_address()
     finished = is_finished(config)
     model = config.model
+    import torch
+
     from trainer import loop, out_of_memory
     from trainer.build import build
-    from trainer.modes import micro_rows
+    from trainer.modes import check_on_cpu, micro_rows
 
     micro_rows(config, nproc)
+    if not torch.cuda.is_available():
+        check_on_cpu(config)
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
         _dry_run_without_base(config, model, nproc=nproc)
         return
@@ -227,7 +230,7 @@ def _end(code: int, message: str = "", lost: PeerLost | None = None) -> int:
 
 def _say(text: str) -> None:
     """Print a line, once for all ranks."""
-    if _rank() == 0:
+    if status.own_rank() == 0:
         print(text, file=sys.stderr)
 
 
@@ -236,10 +239,6 @@ def _next_command(config: RunConfig) -> str:
     if config.strategy.type == "adapter" or not is_served:  # which cannot be exported
         return f"trivet report {config.run.folder}"
     return f"trivet export {config.run.folder} onnx/{config.run.name}"
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 from serving import directory
 from serving.directory import BadInput, DirectoryError
+from trainer.status import own_rank
 
 _KEY_LENGTH = 32  # hex digits of a sha256: 128 bits
 _ABOUT, _STATS = "about.json", ".seen.json"
@@ -190,7 +191,7 @@ def _wait_for(lock: int) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(_BETWEEN_TRIES_S)
-    if os.environ.get("RANK", "0") == "0":
+    if own_rank() == 0:
         print("waiting for another process that prepares the same data", file=sys.stderr)
     fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -30,9 +30,7 @@ _MODES = {
     DistributedType.MULTI_GPU: "ddp",
     DistributedType.DEEPSPEED: "deepspeed",
 }
-
-
-_AFTER_THE_WATCHDOG_S = 20
+_AFTER_THE_WATCHDOG_S = 20  # a collective gives up so long after the watchdog, which names the rank that is missing
 
 
 class NotFinite(RunFailed):
@@ -57,7 +55,7 @@ class World:
         self.accelerator = accelerator
         self.watchdog = watchdog or Watchdog()
         self.precision = precision
-        # With fp16 the loss is scaled up, so that small gradients do not vanish, as far as large ones allow.
+        # With fp16, on a GPU, the loss is scaled up, so that small gradients do not vanish, as far as large ones allow.
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if precision == "fp16" else None
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.mode = "fsdp2" if with_fsdp else _MODES[accelerator.distributed_type]
@@ -127,13 +125,19 @@ def start(config: RunConfig, watchdog: Watchdog | None = None) -> World:
     if with_fsdp:
         modes.check(config, "fsdp2")
         fsdp.check()
+    if on_cpu:
+        modes.check_on_cpu(config)
     machines.refuse_lone_worlds()
     machines.use_reachable_interface()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # what is divided how is trainer/fsdp.py's
         accelerator = _join(config, on_cpu, with_deepspeed)
     world = World(accelerator, config.precision.type, with_fsdp=with_fsdp, watchdog=watchdog)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    assert world.size == expected, f"the launcher started {expected} processes, but they form a world of {world.size}"
+    if world.size != expected:
+        raise BadInput(
+            f"WORLD_SIZE: {expected} processes found, started by the launcher, but they form a world of {world.size}; "
+            "accepted: one world of them all; start them with `trivet train --nproc` or a file of configs/accelerate/"
+        )
     assert with_deepspeed == (world.mode == "deepspeed"), f"DeepSpeed asked for: {with_deepspeed}; got {world.mode}"
     return world
 
@@ -199,7 +203,6 @@ def finish_step(
 
 
 def _join(config: RunConfig, on_cpu: bool, with_deepspeed: bool) -> Accelerator:
-    # The watchdog comes first: it names the rank that the others wait for.
     timeout = timedelta(seconds=config.run.timeout_s + _AFTER_THE_WATCHDOG_S)
     # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
     mixed = "bf16" if with_deepspeed and config.precision.type == "bf16" else "no"

@@ -10,6 +10,7 @@ from types import FrameType
 
 from serving.directory import BadInput
 from trainer import run_folder
+from trainer.status import own_rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -91,7 +92,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.signal_name and os.environ.get("RANK", "0") == "0":
+        if not self.signal_name and own_rank() == 0:
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"stopping: saving at the end of this step; Ctrl-C again ends without saving\n")
         self.signal_name = signal.Signals(number).name

@@ -15,7 +15,7 @@ from typing import Any
 
 from serving.directory import BadInput
 from trainer import board, run_folder
-from trainer.config import RunConfig
+from trainer.config import RunConfig, flat
 from trainer.watchdog import Watchdog
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.02, 0.5
@@ -34,7 +34,7 @@ def met(config: RunConfig) -> Iterator[Watchdog]:
     with Watchdog(board.connect(timeout_s), timeout_s=timeout_s, folder=folder).watching() as watchdog:
         if watchdog.board is not None:
             agree(watchdog, "world", {"WORLD_SIZE": watchdog.board.size}, "start all ranks with the same launcher")
-            agree(watchdog, "config", _flat(config.model_dump(mode="json")), "start all with the same config")
+            agree(watchdog, "config", flat(config.model_dump(mode="json")), "start all with the same config")
             agree(watchdog, "code", _code(), "install the same on every machine")
             _agree_on_folder(watchdog, config.run.dir)
         yield watchdog
@@ -127,13 +127,6 @@ def _shows(path: Path) -> bool:
             return False
         time.sleep(_LONGEST_WAIT_S)
     return True
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _code() -> dict[str, str]:

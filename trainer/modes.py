@@ -32,6 +32,12 @@ def check(config: RunConfig, mode: str) -> None:
             )
 
 
+def check_on_cpu(config: RunConfig) -> None:
+    """Raise BadInput for what only a GPU computes in a sensible time and range."""
+    if config.precision.type == "fp16":
+        raise BadInput("precision.type: fp16 found, and no GPU; accepted on a CPU: fp32, bf16; use one of them")
+
+
 def micro_rows(config: RunConfig, world_size: int) -> int:
     """Return the rows of one forward pass on one rank. Raises BadInput where the batch cannot be divided evenly."""
     rows, micro = config.batch.rows, config.batch.micro_rows

@@ -86,7 +86,7 @@ class Modes:
             "log": {"tensorboard": False},
         }  # fmt: skip
         for section, change in changes.items():
-            values[section] = values[section] | change
+            values[section] = values.get(section, {}) | change
         path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(values))  # JSON is YAML
         return path

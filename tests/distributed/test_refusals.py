@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from serving.directory import BadInput
 from trainer import shards, zero
 
 
@@ -101,9 +103,36 @@ def test_a_launch_config_that_says_otherwise_than_the_run_config_is_refused(
     assert not (path.parent / "runs" / "refused-launch").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which computes in fp16")
+def test_fp16_is_refused_without_a_gpu_by_the_run_and_by_its_dry_run(trivet, config, capfd):
+    from launch.train import main
+
+    said = "error: precision.type: fp16 found, and no GPU; accepted on a CPU: fp32, bf16; use one of them"
+    path = config("fp16", precision={"type": "fp16"})
+    code, _, err = trivet("train", path, "--dry-run")
+    assert (code, err.strip()) == (2, said)
+    assert main([str(path)]) == 2
+    assert said in capfd.readouterr().err
+    assert not (path.parent / "runs" / "refused-fp16").exists()
+
+
+def test_processes_that_form_no_world_together_are_refused(config, monkeypatch):
+    """As they would under a launch config that Accelerate reads in another way than the launcher."""
+    from accelerate import Accelerator
+
+    from launch import config_file
+    from trainer import distributed
+    from trainer.config import RunConfig
+
+    run, alone = config_file.load(config("lone"), [], RunConfig), Accelerator(cpu=True)
+    monkeypatch.setattr(distributed, "_join", lambda *_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="WORLD_SIZE: 2 processes found, started by the launcher, but they form a wo"):
+        distributed.start(run)
+
+
 def test_what_a_deepspeed_file_says_must_be_what_the_run_config_says(modes, monkeypatch, tmp_path):
     from launch import config_file
-    from serving.directory import BadInput
     from trainer.config import RunConfig
 
     run = config_file.load(modes.config("refused-file"), [], RunConfig)
@@ -127,10 +156,6 @@ def test_what_a_deepspeed_file_says_must_be_what_the_run_config_says(modes, monk
 
 
 def test_an_offload_that_the_machine_has_no_memory_for_is_refused(monkeypatch):
-    import torch
-
-    from serving.directory import BadInput
-
     monkeypatch.setattr(zero, "free_bytes", lambda *_, **__: 1000)
     model = torch.nn.Linear(25, 10, bias=False)  # 250 weights, 16 bytes each, on 2 ranks: 2,000 bytes
     with pytest.raises(BadInput, match="cpu found, which takes 2 KiB of memory for each process"):

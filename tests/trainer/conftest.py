@@ -57,6 +57,14 @@ def quiet_and_slim():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fp16_on_cpu(monkeypatch):
+    """What users are refused: the scale of the loss is the same work on a CPU as on a GPU."""
+    from trainer import modes
+
+    monkeypatch.setattr(modes, "check_on_cpu", lambda config: None)
+
+
 @pytest.fixture(scope="session")
 def write_rows() -> Callable[[Path, list[dict[str, Any]]], Path]:
     """Return a function that writes rows as a .jsonl file and returns its path."""

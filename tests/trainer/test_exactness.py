@@ -201,7 +201,7 @@ def test_gradients_that_are_no_number_are_seen(runs):
         assert failed(verify_training.packing(made))
 
 
-def test_runs_whose_last_step_is_skipped_are_compared_too(runs, monkeypatch):
+def test_runs_whose_last_step_is_skipped_are_compared_too(runs, monkeypatch, fp16_on_cpu):
     """With a scale that fp16 cannot bear no step of these is taken; the weights at the end are those of the start."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**60))

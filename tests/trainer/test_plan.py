@@ -247,7 +247,7 @@ def test_rows_that_are_not_run_are_extrapolated_from_those_that_are(plan_of, mon
     eight, sixteen = plan.pass_bytes(8, 8), plan.pass_bytes(16, 8)
     assert 0 < eight < sixteen
     assert plan.pass_bytes(24, 8) - eight == 2 * (sixteen - eight)
-    assert plan.beyond_bytes == sixteen - eight - plan.batch_bytes // 3  # the batch counts by itself
+    assert plan.beyond_bytes == sixteen - eight
     monkeypatch.setattr("trainer.plan.recordings._MOST_TOKENS", 24 * 8)
     whole, _ = plan_of(batch={"rows": 24, "max_length": 8})
     assert whole.beyond_bytes == 0

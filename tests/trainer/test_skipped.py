@@ -137,7 +137,7 @@ def test_a_run_that_failed_goes_on_without_the_step_when_it_is_told_to_skip(make
 
 
 @pytest.fixture
-def half(make_config):
+def half(make_config, fp16_on_cpu):
     """A world of fp16 with a small model, and the same model with the same optimizer without a scale."""
     world = distributed.start(make_config(precision={"type": "fp16"}))
     models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
@@ -173,7 +173,7 @@ def test_an_overflow_halves_the_scale_and_touches_nothing_else(half):
         assert model.weight.grad is None
 
 
-def test_fp16_learns_what_fp32_learns_and_keeps_and_saves_fp32(make_config, train, read_lines):
+def test_fp16_learns_what_fp32_learns_and_keeps_and_saves_fp32(make_config, train, read_lines, fp16_on_cpu):
     exact, rough = (make_config(run={"name": kind}, precision={"type": kind}) for kind in ("fp32", "fp16"))
     assert train(exact) == 0
     assert train(rough) == 0
@@ -186,7 +186,7 @@ def test_fp16_learns_what_fp32_learns_and_keeps_and_saves_fp32(make_config, trai
 
 
 @pytest.fixture
-def too_large_a_scale(monkeypatch):
+def too_large_a_scale(monkeypatch, fp16_on_cpu):
     """Runs begin with a scale that fp16 cannot bear, so that their first steps are skipped."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**40, growth_interval=3))

@@ -3,8 +3,9 @@
 Blocks below 32 MiB lie in one heap. torch asks for them at multiples of 64 bytes, for which malloc takes up to 96 bytes
 more and gives back what it cut off; where small objects lie there, a block which was freed is too small for the next
 one of its size, and the heap grows. What comes of that depends on every call before. So nothing is computed here: a
-small process of its own makes the same calls to malloc, without touching the memory, and asks malloc what it took. It
-does so twice, without small objects and with many; what most real runs took lay between, and the middle is returned.
+small process of its own makes the same calls to malloc, without touching the memory, and asks malloc what it took.
+
+Which small objects lie where is a guess, the same for every run: as many as fit what was cut off.
 """
 
 import array
@@ -15,8 +16,7 @@ import sys
 from trainer.plan.plan import Plan
 from trainer.plan.recorder import NODE, Event
 
-_FITTING = (24, 40, 56, 72)  # bytes of small objects that fit what was cut off
-_SMALL_OBJECTS = (((), ()), (_FITTING, _FITTING))  # of each tensor, and of each operation that autograd notes
+_SMALL_OBJECTS = (24, 40, 56, 72)  # bytes: of each tensor, and of each operation that autograd notes
 _TIMEOUT_S = 600
 _SMALL_BYTES = 32 * 2**20  # what malloc keeps of less is not worth a process
 # What a training process has besides tensors, and a bare import has not: tokenizer, rows, code that is read late. Runs
@@ -46,15 +46,8 @@ def footprint_bytes(events: list[Event]) -> int | None:
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return None
     numbers = array.array("q", [number for event in events for number in event])
-    found = [_replayed(numbers, of_a_tensor, of_a_node) for of_a_tensor, of_a_node in _SMALL_OBJECTS]
-    known = [size for size in found if size is not None]
-    return sum(known) // len(known) if len(known) == len(found) else None
-
-
-def _replayed(numbers: array.array, of_a_tensor: tuple[int, ...], of_a_node: tuple[int, ...]) -> int | None:
-    program = f"OF_A_TENSOR, OF_A_NODE = {of_a_tensor}, {of_a_node}\n{_REPLAY}"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", program], input=numbers.tobytes(), capture_output=True, timeout=_TIMEOUT_S
+        [sys.executable, "-S", "-c", _REPLAY], input=numbers.tobytes(), capture_output=True, timeout=_TIMEOUT_S
     )
     return int(done.stdout) if done.returncode == 0 else None
 
@@ -86,7 +79,7 @@ for at in range(0, len(numbers), 2):
     block, size = numbers[at], numbers[at + 1]
     if block == {NODE}:
         if size:
-            nodes += map(libc.malloc, OF_A_NODE)
+            nodes += map(libc.malloc, {_SMALL_OBJECTS})
         else:
             free(nodes)
             nodes = []
@@ -94,7 +87,7 @@ for at in range(0, len(numbers), 2):
         pointer = ctypes.c_void_p()
         if libc.posix_memalign(ctypes.byref(pointer), 64, size):
             sys.exit("no memory")
-        blocks[block] = [pointer.value, *map(libc.malloc, OF_A_TENSOR)]
+        blocks[block] = [pointer.value, *map(libc.malloc, {_SMALL_OBJECTS})]
         most = max(most, taken() - before)
     else:
         free(blocks.pop(block))

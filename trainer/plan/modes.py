@@ -1,6 +1,6 @@
 """The plan of each parallel mode: what one rank holds, by term, and the most that is there at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -61,10 +61,9 @@ def make_plan(recordings: Recordings, mode: str) -> Plan:
     )
 
 
-def names(world_size: int) -> Iterator[str]:
-    """Yield the modes of so many ranks, from the cheapest."""
-    yield "single" if world_size == 1 else "ddp"
-    yield from [name for name in MODES if name not in ("single", "ddp")] if world_size > 1 else ["zero3-offload"]
+def names(world_size: int) -> list[str]:
+    """Return the modes of so many ranks, from the cheapest."""
+    return ["single", "zero3-offload"] if world_size == 1 else [name for name in MODES if name != "single"]
 
 
 def _steps(model: torch.nn.Module, config: RunConfig, mode: str, world_size: int) -> tuple[Pass, Pass]:

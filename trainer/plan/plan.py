@@ -21,7 +21,7 @@ class Plan:
     batch_bytes: int
     by_term: dict[str, int]
     most_by_phase: dict[str, int]
-    pass_bytes: Callable[[int, int], int]  # besides weights and gradients: of so many rows of such a length
+    pass_bytes: Callable[[int, int], int]  # besides weights, gradients and batch: of so many rows of such a length
     precision: str = "fp32"
     on_gpu: bool = False
     beyond_bytes: int = 0  # of rows of a pass that were not run, as Recordings says
@@ -63,8 +63,8 @@ class Plan:
     def total_of(self, *, micro_rows: int, length: int) -> int:
         """Return the most at once if passes had fewer rows, or shorter ones."""
         less = self.pass_bytes(self.micro_rows, self.length) - self.pass_bytes(micro_rows, length)
-        fixed = self.certain_bytes - self.batch_bytes
-        return max(fixed, self._besides_passes - self.batch_bytes, self._in_passes - less)
+        batch = self.batch_bytes * micro_rows * length // (self.micro_rows * self.length)
+        return batch - self.batch_bytes + max(self.certain_bytes, self._besides_passes, self._in_passes - less)
 
     @property
     def _in_passes(self) -> int:

@@ -31,7 +31,8 @@ class Recordings:
     @property
     def batch_bytes(self) -> int:
         """The tensors of one forward pass: those of the next are made when it is done."""
-        return self._batch_bytes_run * self.micro_rows // _rows_run(self.micro_rows, self.length)
+        size = sum(tensor.nbytes for tensor in self._batch.values())
+        return size * self.micro_rows // _rows_run(self.micro_rows, self.length)
 
     def passes(self, mode: str) -> Passes:
         """Return what the passes of a micro-batch do, or of the first rows of it."""
@@ -41,7 +42,7 @@ class Recordings:
         return self._passes[key]
 
     def pass_bytes(self, mode: str, rows: int, length: int) -> int:
-        """Return the most bytes at once, besides weights and gradients, of a pass over so many of the longest row."""
+        """Return the most bytes at once of a pass over so many of the longest row: what it makes, without gradients."""
         run = _rows_run(rows, length)
         most = self._recorded_bytes(mode, run, length)
         if run == rows:
@@ -55,16 +56,11 @@ class Recordings:
         return _rows_run(self.micro_rows, self.length) == self.micro_rows
 
     def beyond_bytes(self, mode: str) -> int:
-        """Return what the rows add that are not recorded, besides their part of the batch."""
+        """Return what the rows add that are not recorded."""
         if self.is_whole:
             return 0
         recorded = self.pass_bytes(mode, _rows_run(self.micro_rows, self.length), self.length)
-        of_batch = self.batch_bytes - self._batch_bytes_run
-        return self.pass_bytes(mode, self.micro_rows, self.length) - recorded - of_batch
-
-    @property
-    def _batch_bytes_run(self) -> int:
-        return sum(tensor.nbytes for tensor in self._batch.values())
+        return self.pass_bytes(mode, self.micro_rows, self.length) - recorded
 
     @contextmanager
     def model_of(self, mode: str) -> Iterator[torch.nn.Module]:
@@ -78,8 +74,7 @@ class Recordings:
         key = (self._computes(mode), rows, length)
         if key not in self._most:
             batch = repeated(self._row, length, rows)
-            most = self._record(mode, batch, only_learning=True).learning.most_bytes
-            self._most[key] = most + sum(tensor.nbytes for tensor in batch.values())
+            self._most[key] = self._record(mode, batch, only_learning=True).learning.most_bytes
         return self._most[key]
 
     def _record(self, mode: str, batch: Batch, *, only_learning: bool) -> Passes:
