@@ -30,7 +30,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.cpu_s, self.wall_s = [], []
-        register_optimizer_step_post_hook(lambda *_: self.mark())
+        # Steps before the first batch are no training: a plan of the memory takes one.
+        register_optimizer_step_post_hook(lambda *_: self.mark() if self.cpu_s else None)
 
     def start(self) -> None:
         """To be called where a system takes its first batch."""
