@@ -48,7 +48,7 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     from trainer import loop
     from trainer.config import RunConfig
 
-    spent = _time_inside(loop, start)
+    inside = _time_inside(loop, start)
     (work / "run.yaml").write_text(
         json.dumps(
             {
@@ -73,16 +73,21 @@ def ours(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[]
     lines = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
     tokens = [line["tokens"] / WORLD_SIZE for line in lines if line["kind"] == "train"]
     model = AutoModelForCausalLM.from_pretrained(config.run.folder / "model", dtype=torch.float32)
-    return {"tokens": tokens, "model": model, "inside_s": sum(spent)}
+    last = CLOCK.wall_s[-1]
+    return {
+        "tokens": tokens,
+        "model": model,
+        "inside_s": sum(min(end, last) - begin for begin, end in inside if begin < last),
+    }
 
 
-def _time_inside(loop, start: Callable[[], None]) -> list[float]:
-    """Wall seconds inside forward, backward and optimizer passes of our loop, while the clock runs."""
+def _time_inside(loop, start: Callable[[], None]) -> list[tuple[float, float]]:
+    """When our loop went into forward, backward and optimizer passes and came out, while the clock runs."""
     import trainer.distributed
     from trainer.feed import Feed
     from trainer.objectives import CausalLMObjective
 
-    spent: list[float] = []
+    inside: list[tuple[float, float]] = []
 
     def timed(function: Callable) -> Callable:
         def run(*args, **kwargs):
@@ -91,7 +96,7 @@ def _time_inside(loop, start: Callable[[], None]) -> list[float]:
                 return function(*args, **kwargs)
             finally:
                 if CLOCK.wall_s and torch.is_grad_enabled():
-                    spent.append(time.perf_counter() - started)
+                    inside.append((started, time.perf_counter()))
 
         return run
 
@@ -105,7 +110,7 @@ def _time_inside(loop, start: Callable[[], None]) -> list[float]:
     CausalLMObjective.sums = timed(CausalLMObjective.sums)
     for name in ("backward", "finish_step"):
         setattr(trainer.distributed, name, timed(getattr(trainer.distributed, name)))
-    return spent
+    return inside
 
 
 def bare(work: Path, plan: dict, options: argparse.Namespace, start: Callable[[], None]) -> dict:

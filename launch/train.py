@@ -18,7 +18,7 @@ from serving import format_version
 from serving.directory import MANIFEST, BadInput
 from trainer import status
 from trainer.config import PretrainedModel, RunConfig
-from trainer.guards import PeerLost, RunFailed, StopRequest, exit_code
+from trainer.guards import PeerLost, RunFailed, StopRequest, Unreachable, exit_code
 from trainer.redact import redacted
 
 # Keys that may differ when a run goes on: they change neither what is learned from nor how a step is computed. The
@@ -49,7 +49,7 @@ def _main(argv: list[str] | None, stop: StopRequest | None) -> int:
         if code == 0:
             _say(f"model: {config.run.folder}/model; next: {_next_command(config)}")
     except BadInput as error:
-        return _end(2, f"error: {error}")
+        return _end(2, f"error: {error}", alone=isinstance(error, Unreachable))
     except KeyboardInterrupt:
         return _end(130)
     except Exception as error:
@@ -214,14 +214,16 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"...{text[-57:]}"
 
 
-def _end(code: int, message: str = "", lost: PeerLost | None = None) -> int:
+def _end(code: int, message: str = "", lost: PeerLost | None = None, *, alone: bool = False) -> int:
     """Say why the run ended, once, and leave the code where a group above the launcher looks for it.
 
-    What is wrong with another rank is said by whoever is there first, or by that group.
+    What is wrong with another rank is said by whoever is there first, or by that group; what keeps this rank `alone`
+    by itself, or by that group.
     """
     message = redacted(message)
-    if lost is not None and lost.speaks and not status.is_in_group():
-        print(message, file=sys.stderr)
+    if alone or (lost is not None and lost.speaks):
+        if not status.is_in_group():
+            print(message, file=sys.stderr)
     elif message and lost is None:
         _say(message)
     status.report_exit(code, message, status.LOST if lost else "")

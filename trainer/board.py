@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from serving.directory import BadInput
+from trainer.guards import Unreachable
 from trainer.status import own_rank
 
 _numbers = itertools.count()  # of the runs of this process: they must not read each other's notes
@@ -42,7 +42,7 @@ class Board:
 def connect(timeout_s: int) -> Board | None:
     """Return the board of the world that the launcher made, None for a world of one.
 
-    Raises BadInput where the main address does not answer within `timeout_s`.
+    Raises Unreachable where the main address does not answer within `timeout_s`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), own_rank()
     if size == 1:
@@ -56,7 +56,7 @@ def connect(timeout_s: int) -> Board | None:
             timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
     except dist.DistError as error:
-        raise BadInput(
+        raise Unreachable(
             f"MASTER_ADDR: {host}:{port} found unreachable from rank {rank} of {size} ({socket.gethostname()}) for "
             f"{timeout_s} s ({str(error).splitlines()[0]}); accepted: the address of the machine of rank 0, with its "
             "port open to the others"

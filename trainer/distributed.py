@@ -14,7 +14,12 @@ from datetime import timedelta
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    patch_environment,
+)
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -207,7 +212,12 @@ def _join(config: RunConfig, on_cpu: bool, with_deepspeed: bool) -> Accelerator:
     # DeepSpeed keeps the weights themselves in bf16; elsewhere they stay fp32, and `autocast` is all there is to it.
     mixed = "bf16" if with_deepspeed and config.precision.type == "bf16" else "no"
     if not with_deepspeed:
-        return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+        # A gradient is its place in DDP's bucket, and has no second one.
+        handlers = [
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ]
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
     if on_cpu:
         _compile_nothing()
     backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timeout)

@@ -23,6 +23,10 @@ class RunFailed(Exception):
         self.step = step
 
 
+class Unreachable(BadInput):
+    """A main address that does not answer: no other rank can hear of it from this one."""
+
+
 class PeerLost(RunFailed):
     """Another rank is gone, failed or hangs. `speaks`: this rank is the one that tells the user."""
 

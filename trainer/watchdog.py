@@ -75,8 +75,8 @@ class Watchdog:
         assert self.board is not None
         for rank in ranks:
             sign = self._sign(rank)
-            if error := self._failure(sign):
-                raise error
+            if fault := self._failure(sign):
+                raise self._error_of(fault)
             if self._silent_s(rank, sign) > self._timeout_s:
                 where = self._place(sign) if sign else f"it never came to {self.board.address}"
                 raise self._lost(f"rank {rank} was lost: {where}; it gave no sign for {self._timeout_s} s")
@@ -150,22 +150,33 @@ class Watchdog:
         """Return the error to raise instead where it was not this rank that failed."""
         if self.board is None or not is_of_a_connection(error):
             return None
-        deadline = time.monotonic() + 2 * _SILENCE_S
-        others = [rank for rank in range(self.board.size) if rank != self.board.rank]
         with suppress(dist.DistError):
-            while time.monotonic() < deadline:
-                for rank in others:
-                    sign = self._sign(rank)
-                    if failure := self._failure(sign):
-                        return failure
-                    if sign and self._silent_s(rank, sign) > _SILENCE_S:
-                        gone = "it gave no sign any more: killed, or its machine or network is gone"
-                        return self._lost(f"rank {rank} was lost: {self._place(sign)}; {gone}")
-                time.sleep(self._interval_s / 4)
+            if fault := self._found_fault(self.board):
+                return self._error_of(fault)
             if "timed out" in str(error).lower():
                 return self._lost(self._name_who_hangs(self.board))
             return None
         return self._lost(f"the store at {self.board.address} was lost, and rank 0 or its machine with it")
+
+    def _found_fault(self, board: Board) -> dict[str, Any] | None:
+        """Return what ended another rank: the first that misses one looks at all, and the others read what it found."""
+        looks, deadline = board.is_first("looks"), time.monotonic() + 2 * _SILENCE_S
+        others = [rank for rank in range(board.size) if rank != board.rank]
+        while time.monotonic() < deadline:
+            fault = next(filter(None, map(self._fault_of, others)), None) if looks else board.read("fault")
+            if fault and looks:
+                board.pin("fault", fault)
+            if fault:
+                return fault
+            time.sleep(self._interval_s / 4)
+        return None
+
+    def _fault_of(self, rank: int) -> dict[str, Any] | None:
+        sign = self._sign(rank)
+        if sign and not sign.get("failure") and self._silent_s(rank, sign) > _SILENCE_S:
+            gone = "it gave no sign any more: killed, or its machine or network is gone"
+            return {"code": 1, "message": f"rank {rank} was lost: {self._place(sign)}; {gone}"}
+        return self._failure(sign)
 
     def _pin_failure(self, error: BaseException) -> None:
         if self.board is None or isinstance(error, PeerLost):
@@ -174,15 +185,18 @@ class Watchdog:
         why = str(error) if isinstance(error, BadInput | RunFailed) else f"{type(error).__name__}: {error}"
         self.board.pin(f"failed/{self.board.rank}", {"code": code, "why": redacted(why)})
 
-    def _failure(self, sign: dict[str, Any]) -> Exception | None:
-        """Return the error to raise here for one that a rank pinned."""
+    def _failure(self, sign: dict[str, Any]) -> dict[str, Any] | None:
+        """Return exit code and message of what a rank pinned about its own failure."""
         failure = sign.get("failure")
         if not failure:
             return None
-        place = self._place(sign)
+        place, why = self._place(sign), failure["why"]
         if failure["code"] == 2:
-            return BadInput(f"{failure['why']} (found on rank {place.rank}, host {place.host})")
-        return self._lost(f"rank {place.rank} failed: {place}: {failure['why']}")
+            return {"code": 2, "message": f"{why} (found on rank {place.rank}, host {place.host})"}
+        return {"code": 1, "message": f"rank {place.rank} failed: {place}: {why}"}
+
+    def _error_of(self, fault: dict[str, Any]) -> Exception:
+        return BadInput(fault["message"]) if fault["code"] == 2 else self._lost(fault["message"])
 
     def _lost(self, message: str) -> PeerLost:
         speaks = False

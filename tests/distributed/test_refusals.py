@@ -1,6 +1,7 @@
 """What a parallel run cannot be: refused with exit code 2 and one line, before anything is started or written."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -114,6 +115,21 @@ def test_fp16_is_refused_without_a_gpu_by_the_run_and_by_its_dry_run(trivet, con
     assert main([str(path)]) == 2
     assert said in capfd.readouterr().err
     assert not (path.parent / "runs" / "refused-fp16").exists()
+
+
+def test_a_rank_that_cannot_reach_the_main_address_says_so_itself_after_the_stated_time(
+    config, monkeypatch, capfd, free_port
+):
+    from launch.train import main
+
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(config("unreachable")), "run.timeout_s=1"]) == 2
+    said = (
+        f"error: MASTER_ADDR: 127.0.0.1:{free_port} found unreachable from rank 1 of 2 ({socket.gethostname()}) for 1 s"
+    )
+    assert said in capfd.readouterr().err
 
 
 def test_processes_that_form_no_world_together_are_refused(config, monkeypatch):

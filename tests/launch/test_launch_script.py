@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from kubernetes_validate import validate
 
 from launch.cli import app
 from launch.cluster import KINDS
@@ -242,7 +243,6 @@ def test_the_schema_is_awake(trivet):
 
 
 def test_kubernetes_own_schemas_find_nothing(trivet):
-    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate").validate
     [template] = [each["template"] for each in kubernetes(trivet, "k8s")["spec"]["replicatedJobs"]]
     validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **template}, "1.31", strict=True)
     for replica in kubernetes(trivet, "k8s-pytorchjob")["spec"]["pytorchReplicaSpecs"].values():

@@ -137,22 +137,26 @@ def rebuild(t: Timeline, rank: Rank, *, copies: int = 1) -> None:
 
 
 def whole(t: Timeline, rank: Rank) -> None:
-    """One process, and DDP, whose buckets are a second place for every gradient."""
+    """One process, and DDP, in whose buckets the gradients lie; those of passes that it does not reduce lie apart."""
+    reduces = rank.world_size > 1
+    at_once = reduces and rank.accumulation == 1
     for size in (*rank.learning_bytes, *rank.frozen_bytes):
         t.take("weights", size)
-    if rank.world_size > 1:
+    if reduces:
         t.brief("buffers", [min(sum(size for size, _ in rank.passes.weights), _BROADCAST_BYTES)])
         total = sum(rank.learning_bytes)
         for size in [*[_DDP_BUCKET_BYTES] * (total // _DDP_BUCKET_BYTES), total % _DDP_BUCKET_BYTES]:
-            t.take("buffers", size)
+            t.take("gradients", size)
     with t.phase("rehearsal"):
-        t.give(*t.run(rank.passes.learning, "activations", "gradients"))
+        t.give(*t.run(rank.passes.learning, "activations", "gradients", lambda block: reduces))
     evaluate(t, rank)
     with t.phase("step"):
         for step in rank.steps:
-            gradients = t.run(rank.passes.learning, "activations", "gradients")
+            gradients = t.run(rank.passes.learning, "activations", "gradients", lambda block: at_once)
             if rank.accumulation > 1:
                 t.run(rank.passes.again, "activations")
+            if reduces:
+                t.give(*gradients)
             t.run(step, "buffers", "optimizer")
             t.give(*gradients)
     save(t, rank, rank.learning_bytes, share=rank.world_size)
