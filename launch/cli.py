@@ -93,7 +93,8 @@ def train(
     modes.check(run_config, parallel or "ddp")
     modes.micro_rows(run_config, nproc * nodes)
     if dry_run:
-        return one_run.dry_run(run_config, nproc=nproc * nodes)
+        alone = nproc * nodes == 1 and parallel is None
+        return one_run.dry_run(run_config, nproc=nproc, nodes=nodes, mode="single" if alone else parallel or "ddp")
     machines = nodes_of(nodes, machine_rank, main_address, join_timeout_s)
     is_one_process = nproc == 1 and parallel is None and machines is None
     if is_one_process and not max_restarts:

@@ -21,6 +21,7 @@ from typing import Any
 from launch import endings, processes
 from launch.nodes import Nodes, host_name
 from serving.directory import BadInput
+from trainer.guards import STOP_SIGNALS
 from trainer.machines import GLOO_INTERFACE, addresses, interface_of
 
 _RETRY_S = 0.5
@@ -32,7 +33,7 @@ _CARD = {"trivet": int, "rank": int, "host": str, "asked": dict}
 
 
 class Stopped(Exception):
-    """A stop signal came before the run began: there is nothing to save, and the same command can be run again."""
+    """A stop signal came while the machines met: there is nothing to save, and the same command can be run again."""
 
 
 def start_together(
@@ -68,7 +69,7 @@ def start_together(
             argv, {**env, **network}, save_timeout_s=save_timeout_s, start_again=meet_again if start_again else None
         )
     except Stopped as stopped:
-        print(f"stopped by {stopped} before the run began; start it again to begin", file=sys.stderr)
+        print(f"stopped by {stopped} while the machines met; start it again to go on", file=sys.stderr)
         return endings.STOPPED
 
 
@@ -264,7 +265,7 @@ def _raising_stopped() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:

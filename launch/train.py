@@ -92,10 +92,11 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
         raise
 
 
-def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
+def dry_run(config: RunConfig, *, nproc: int = 1, nodes: int = 1, mode: str = "single") -> None:
     """Check and build everything a run needs and say what it would do; nothing is written and nothing trained.
 
-    Builds it in one process; that the batch can be shared by `nproc` is checked too.
+    Builds it in one process; memory and batch are those of `nproc` processes in a mode on each of `nodes` machines
+    like this one.
     """
     politeness.check_hub_address()
     finished = is_finished(config)
@@ -106,15 +107,15 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     from trainer.build import build
     from trainer.modes import check_on_cpu, micro_rows
 
-    micro_rows(config, nproc)
+    micro_rows(config, nproc * nodes)
     if not torch.cuda.is_available():
         check_on_cpu(config)
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
-        _dry_run_without_base(config, model, nproc=nproc)
+        _dry_run_without_base(config, model)
         return
     with out_of_memory.while_building(config):
         parts = build(config)
-    plan = loop.check_memory(config, parts, world_size=nproc)
+    plan = loop.check_memory(config, parts, mode=mode, world_size=nproc * nodes, nproc=nproc)
     needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process" if plan else ""
     needs += " and about 0.5 GiB more for the program itself" if plan else ""
     feed = parts.feed
@@ -124,7 +125,7 @@ def dry_run(config: RunConfig, *, nproc: int = 1) -> None:
     )
 
 
-def _dry_run_without_base(config: RunConfig, model: PretrainedModel, *, nproc: int) -> None:
+def _dry_run_without_base(config: RunConfig, model: PretrainedModel) -> None:
     """Check of a run what needs no model, and then the run that makes its base model, where one does."""
     from launch import base_model
 
@@ -134,7 +135,7 @@ def _dry_run_without_base(config: RunConfig, model: PretrainedModel, *, nproc: i
         print(f"{model.path} is not there yet: a run would first fetch {model.made_by}; nothing was written")
         return
     print(f"{model.path} is not there yet: a run would first train {model.made_by}, which is checked here")
-    dry_run(base_model.run_that_makes(Path(model.path), model.made_by), nproc=nproc)
+    dry_run(base_model.run_that_makes(Path(model.path), model.made_by))
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -32,7 +32,7 @@ from trainer.guards import StopRequest, failed, starting
 from trainer.metrics import RunLog, Terminal, peak_memory_bytes
 from trainer.optim import learning_rate
 from trainer.plan import glibc
-from trainer.plan.of_run import planned
+from trainer.plan.of_run import own_mode, planned
 from trainer.plan.plan import Plan
 from trainer.progress import finish, is_best, leave, save, save_before_model
 from trainer.resume import resume
@@ -51,7 +51,7 @@ def train(config: RunConfig, config_yaml: str, stop: StopRequest | None = None) 
         with out_of_memory.while_building(config):
             parts = build(config, watchdog)
         is_main, device = parts.world.is_main, parts.world.accelerator.device
-        plan = check_memory(config, parts, world_size=parts.world.size)
+        plan = check_memory(config, parts, mode=own_mode(parts.world), world_size=parts.world.size)
         if is_main:
             check_disk(config, parts)
             parts.planned_bytes = None if plan is None else glibc.taken_bytes(plan)
@@ -131,16 +131,19 @@ def run_steps(config: RunConfig, parts: Parts, done: Counters, stop: StopRequest
     return 0
 
 
-def check_memory(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
+def check_memory(
+    config: RunConfig, parts: Parts, *, mode: str, world_size: int, nproc: int | None = None
+) -> Plan | None:
     """Return how much memory a rank needs; say so where it may be more than there is.
 
-    None where the model is of a kind that cannot be planned. Raises OutOfMemory where it certainly is too much.
+    `nproc` of the ranks share this machine's memory, where no launcher says how many. None where the model is of a kind
+    that cannot be planned. Raises OutOfMemory where it certainly is too much.
     """
-    plan = planned(config, parts, world_size=world_size)
+    plan = planned(config, parts, mode=mode, world_size=world_size)
     if plan is None:
         return None
     device = parts.world.accelerator.device
-    warning = out_of_memory.refuse_what_cannot_fit(plan, config, device, world_size=world_size)
+    warning = out_of_memory.refuse_what_cannot_fit(plan, config, device, nproc=nproc or world_size)
     if warning and parts.world.is_main:
         Terminal.say_once(warning)
     return plan

@@ -30,12 +30,12 @@ class OutOfMemory(BadInput):
     """A run that does not fit into memory; the message says what it needs, what there is and what to lower."""
 
 
-def refuse_what_cannot_fit(plan: Plan, config: RunConfig, device: torch.device, *, world_size: int) -> str:
+def refuse_what_cannot_fit(plan: Plan, config: RunConfig, device: torch.device, *, nproc: int) -> str:
     """Raise OutOfMemory if the certain parts of a plan do not fit; return a warning if the estimate does not.
 
     On a CPU nobody else says so: Linux lets a process allocate what is not there, and kills it when it is used.
     """
-    free = free_bytes(device, world_size=world_size)
+    free = free_bytes(device, world_size=nproc)
     if free is None:
         return ""
     if plan.certain_bytes - plan.weights_bytes > free:  # the weights are there already

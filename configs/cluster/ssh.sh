@@ -20,7 +20,8 @@ folder=$(printf %q "$PWD")
 mark=/tmp/trivet-$(hostname)-$$
 
 on() {
-    exec ssh -n -o BatchMode=yes "$1" "$2"
+    # A machine that is gone ends its ssh within a minute.
+    exec ssh -n -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "$1" "$2"
 }
 train() {
     on "${hosts[$1]}" "echo \$\$ > $mark-$1; cd $folder && exec $trivet train configs/pretrain_tiny.yaml batch.rows=32 run.name=pretrain_cluster --nproc 4 --parallel ddp --nodes 2 --machine-rank $1 --main-address ${hosts[0]}:$port"
@@ -28,7 +29,8 @@ train() {
 # shellcheck disable=SC2329  # a signal calls it
 stop() {
     for rank in "${!hosts[@]}"; do
-        on "${hosts[$rank]}" "kill -USR1 \$(cat $mark-$rank)" &
+        # Again where the process is not there yet.
+        on "${hosts[$rank]}" "for try in 1 2 3 4 5; do kill -USR1 \$(cat $mark-$rank) && break; sleep 1; done" &
     done
 }
 

@@ -90,7 +90,8 @@ def launch_script(
         raise BadInput(f"launch-script: {unfit[0]!r} found; accepted: what fits on one line of a script")
     processes.check_parallel(parallel)
     job = Job(config.run.name, config_path, tuple(overrides), nodes, gpus, parallel)
-    from trainer.modes import micro_rows
+    from trainer import modes
 
-    micro_rows(config, job.nproc * nodes)
+    modes.check(config, parallel)
+    modes.micro_rows(config, job.nproc * nodes)
     return KINDS[kind](job)

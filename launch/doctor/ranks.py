@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import torch.distributed as dist
 from launch.doctor.findings import Finding, State
 from launch.nodes import host_name
 from trainer import machines
+from trainer.status import own_rank
 
 AREA = "between ranks"
 LATENCY_ROUNDS, CLOCK_ROUNDS, BANDWIDTH_ROUNDS = 50, 10, 3
 FIRST_BYTES, MOST_BYTES = 2**20, 2**26
 MEASURED_S = 0.5  # what one all-reduce for the bandwidth should take at most, about
 SHOWN_WEIGHTS = 10**8
+MEET_WITHIN_S = 60  # and every collective
 SEEN_WITHIN_S = 10  # a file on one machine, by another; network drives keep directories for some seconds
 CLOCK_NOTE_S, CLOCK_PROBLEM_S = 0.1, 2.0
 
@@ -35,21 +38,34 @@ def main() -> int:
     report, folder = Path(sys.argv[1]), Path(sys.argv[2])
     machines.refuse_lone_worlds()
     machines.use_reachable_interface()
+    try:
+        findings = _measured(folder)
+    except (RuntimeError, dist.DistError) as error:  # of gloo, NCCL or the store
+        findings = [_apart(error)]
+    if own_rank() == 0:
+        named = [dataclasses.asdict(dataclasses.replace(finding, area=AREA)) for finding in findings]
+        report.write_text(json.dumps(named), encoding="utf-8")
+    return 0
+
+
+def _measured(folder: Path) -> list[Finding]:
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=MEET_WITHIN_S))
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes found a world of {state.num_processes}")
     if state.num_processes == 1:
-        findings = [Finding("ranks", "one alone: nothing to measure; ask for more with --nproc or --nodes", "note")]
-    else:
-        hosts = gathered(host_name())
-        findings = [_ranks(hosts), *_network(state.device), _clocks(hosts), *_folder(folder, hosts)]
-    if state.process_index == 0:
-        named = [dataclasses.asdict(dataclasses.replace(finding, area=AREA)) for finding in findings]
-        report.write_text(json.dumps(named), encoding="utf-8")
+        return [Finding("ranks", "one alone: nothing to measure; ask for more with --nproc or --nodes", "note")]
+    hosts = gathered(host_name())
+    findings = [_ranks(hosts), *_network(state.device), _clocks(hosts), *_folder(folder, hosts)]
     state.destroy_process_group()
-    return 0
+    return findings
+
+
+def _apart(error: Exception) -> Finding:
+    """Return what it means that ranks which reached the main port do not reach each other."""
+    found = f"they do not reach each other within {MEET_WITHIN_S} s ({str(error).splitlines()[0]})"
+    return Finding("ranks", found, "problem", "# open the TCP ports above 1023 between the machines")
 
 
 def gathered(value: Any) -> list[Any]:

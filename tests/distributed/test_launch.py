@@ -24,7 +24,8 @@ def test_every_mode_has_a_file_and_the_command_names_it(monkeypatch):
 def test_a_launch_config_says_only_what_it_owns_and_takes_a_free_port(name):
     launch = config_file.read_yaml(processes.accelerate_config(name))
     assert "mixed_precision" not in launch
-    assert launch.get("main_process_port", 0) == 0
+    if name != "cpu":  # one process, and no port
+        assert launch["main_process_port"] == 0
     deepspeed = launch.get("deepspeed_config", {})
     assert deepspeed.keys() <= {"zero_stage", "zero3_init_flag", "offload_optimizer_device", "offload_param_device"}
 

@@ -48,8 +48,21 @@ def test_a_dry_run_says_the_memory_and_refuses_what_cannot_fit(trivet, work, err
 def test_a_dry_run_for_several_processes_divides_the_memory_among_them(trivet, work, monkeypatch):
     asked = []
     monkeypatch.setattr(out_of_memory, "free_bytes", lambda device, *, world_size: asked.append(world_size))
-    assert trivet("train", "tiny.yaml", "run.name=new", "--dry-run", "--nproc", "2")[0] == 0
-    assert asked == [2]
+    words = ["train", "tiny.yaml", "run.name=new", "batch.rows=4", "--dry-run", "--nproc", "2"]
+    assert trivet(*words)[0] == 0
+    assert trivet(*words, "--nodes", "2")[0] == 0
+    assert asked == [2, 2], "those of another machine take nothing of this one's"
+
+
+def test_a_dry_run_needs_what_its_mode_needs(trivet, work, monkeypatch):
+    checked, plans = loop.check_memory, []
+    monkeypatch.setattr(loop, "check_memory", lambda *args, **named: plans.append(checked(*args, **named)) or plans[-1])
+    for mode in ("ddp", "fsdp2"):
+        words = ["--nproc", "2", "--parallel", mode]
+        assert trivet("train", "tiny.yaml", "run.name=new", "--dry-run", *words)[0] == 0
+    whole, divided = plans
+    assert (whole.mode, divided.mode) == ("ddp", "fsdp2")
+    assert divided.optimizer_bytes == pytest.approx(whole.optimizer_bytes / 2, rel=0.1)
 
 
 def test_a_run_that_may_not_fit_is_told_so_and_tried(trivet, work, monkeypatch):

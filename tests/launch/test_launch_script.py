@@ -288,6 +288,10 @@ def test_kubernetes_does_not_put_variables_into_what_was_typed(trivet, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (
+            ["slurm", CONFIG, "optim.type=sgd", "--parallel", "zero3"],
+            "optim.type: sgd found; accepted with zero3: adamw",
+        ),
         (["sge", CONFIG], "launch-script: 'sge' found; accepted: slurm, k8s, k8s-pytorchjob, ssh"),
         (["slurm", CONFIG, "--parallel", "zero9"], "--parallel: 'zero9' found; accepted: ddp"),
         (

@@ -155,7 +155,7 @@ def test_a_machine_that_died_while_it_waited_may_come_again(machine, free_port):
     assert [process.wait(timeout=600) for process in (main, *others)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_before_the_run_began_asks_to_be_started_again(machine, number):
     waiting = machine(1, say="start")
     for line in waiting.stderr:
@@ -164,7 +164,7 @@ def test_a_signal_before_the_run_began_asks_to_be_started_again(machine, number)
     waiting.send_signal(number)
     said = waiting.communicate(timeout=600)[1]
     assert waiting.returncode == 75
-    assert said == f"stopped by {signal.Signals(number).name} before the run began; start it again to begin\n"
+    assert said == f"stopped by {signal.Signals(number).name} while the machines met; start it again to go on\n"
 
 
 def test_machine_0_may_be_stopped_and_come_again_while_the_others_wait(machine):

@@ -134,7 +134,7 @@ def test_a_compiled_model_runs_compiled_code_in_steps_and_none_in_the_plan(make_
     )
     config = make_config(batch={"compile": True}, run={"steps": 1})
     parts = build.build(config)
-    assert loop.check_memory(config, parts, world_size=1).total_bytes
+    assert loop.check_memory(config, parts, mode="single", world_size=1).total_bytes
     loop.count_flops(parts)
     assert not calls
     loop.rehearse(parts)

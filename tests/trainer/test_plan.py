@@ -32,7 +32,7 @@ def resident(name):
 torch.set_num_threads(1)
 config = config_file.load(Path(sys.argv[1]), sys.argv[2:], RunConfig)
 parts = build.build(config)
-plan = loop.check_memory(config, parts, world_size=1)
+plan = loop.check_memory(config, parts, mode="single", world_size=1)
 gc.collect()
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -54,7 +54,7 @@ def plan_of(make_config):
 
     def of(*args, **changes) -> tuple[Plan, object]:
         config = make_config(*args, **changes)
-        return loop.check_memory(config, build.build(config), world_size=1), config
+        return loop.check_memory(config, build.build(config), mode="single", world_size=1), config
 
     return of
 
@@ -126,7 +126,7 @@ def test_a_pass_takes_what_torch_says_that_it_allocated(make_config, tmp_path, o
     """Against the totals in the trace of torch's profiler, over a real pass forward and back."""
     config = make_config(objective, strategy, **changes)
     parts = build.build(config)
-    plan = loop.check_memory(config, parts, world_size=1)
+    plan = loop.check_memory(config, parts, mode="single", world_size=1)
     batch = parts.feed.longest()
 
     def one_pass():

@@ -3,21 +3,24 @@
 from trainer import compute, zero
 from trainer.build import Parts
 from trainer.config import RunConfig
+from trainer.distributed import World
 from trainer.plan.modes import make_plan
 from trainer.plan.plan import Plan
 from trainer.plan.recordings import Recordings
 from trainer.plan.sketch import run_like
 
 
-def planned(config: RunConfig, parts: Parts, *, world_size: int) -> Plan | None:
-    """Return the plan of one rank of so many, in the run's mode. None where the model cannot be run without memory.
+def own_mode(world: World) -> str:
+    """Return the mode of a world by the name that plans have for it."""
+    return "zero3-offload" if world.name == "zero3" and zero.is_offloaded() else world.name
+
+
+def planned(config: RunConfig, parts: Parts, *, mode: str, world_size: int) -> Plan | None:
+    """Return the plan of one rank of so many in a mode. None where the model cannot be run without memory.
 
     Nothing of the run is changed, and no rank waits for another.
     """
     world, feed = parts.world, parts.feed
-    mode = world.name if world.size == world_size else "ddp"
-    if mode == "zero3" and zero.is_offloaded():
-        mode = "zero3-offload"
     compute.set_up(parts.outline, config.batch.model_copy(update={"compile": False}))
     on_gpu = world.accelerator.device.type == "cuda"
     try:

@@ -33,6 +33,25 @@ def test_two_processes_of_this_machine_measure_what_is_between_them(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_ranks_that_reach_the_main_port_and_not_each_other_are_a_problem_with_its_mend(tmp_path, free_port):
+    program = "import sys; from launch.doctor import ranks; ranks.MEET_WITHIN_S = 1; sys.exit(ranks.main())"
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **place}
+    report = tmp_path / "findings.json"
+    command = [sys.executable, "-c", program, str(report), str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    [finding] = json.loads(report.read_text())
+    assert finding["state"] == "problem"
+    assert finding["found"].startswith("they do not reach each other within 1 s (")
+    assert "ports above 1023" in finding["fix"]
+
+
 @pytest.mark.parametrize(
     ("offsets_s", "state", "said"),
     [

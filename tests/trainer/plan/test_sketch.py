@@ -24,7 +24,7 @@ from trainer.plan.sketch import sketch
 def test_a_sketch_needs_what_the_built_model_needs(make_config, objective, strategy, settings):
     config = make_config(objective, strategy, strategy=settings)
     parts = build.build(config)
-    built = planned(config, parts, world_size=1)
+    built = planned(config, parts, mode="single", world_size=1)
     assert built is not None
 
     data = prepare_data(config)
