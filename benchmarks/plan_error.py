@@ -1,17 +1,20 @@
 """How far is the memory that `trivet plan` foretells from what real runs take?
 
-    python benchmarks/plan_error.py [--only full-ddp-large] [--measured FILE] [--output FILE]
+    python benchmarks/plan_error.py [--repeats 3] [--only full-ddp-large] [--measured FILE] [--output FILE]
 
 Each setting is a real `trivet train` of a few steps with a model of random weights, on this machine's CPU: built or
 loaded, evaluated, trained, saved. Both figures are its main rank's, without what the process takes before data and
-model are there: libraries, and the connection between ranks. `--measured` keeps what the runs took, so that a changed
-plan is compared with them without running them again. The table goes to benchmarks/results/.
+model are there: libraries, and the connection between ranks. Runs differ, so the median of several counts. `--measured`
+keeps what they took, so that a changed plan is compared with them without running them again. The table goes to
+benchmarks/results/.
 """
 
 import argparse
 import importlib.metadata
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,22 +80,24 @@ SETTINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[setting.name for setting in SETTINGS], action="append")
-    parser.add_argument("--measured", type=Path, help="A JSON file of bytes by setting; settings in it are not run.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measured", type=Path, help="A JSON file: setting -> the bytes of each run that was made.")
     parser.add_argument("--output", type=Path, default=train_work.ROOT / "benchmarks" / "results" / "plan_error.md")
     options = parser.parse_args()
     has_some = options.measured is not None and options.measured.exists()
-    measured: dict[str, int] = json.loads(options.measured.read_text()) if has_some else {}
+    measured: dict[str, list[int]] = json.loads(options.measured.read_text()) if has_some else {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for shape, sizes in (("small", SMALL), ("large", LARGE)):
             make_base(Path(folder), shape, sizes)
         for setting in SETTINGS:
             if setting.name in (options.only or [setting.name]):
-                if setting.name not in measured:
-                    measured[setting.name] = measure(setting, Path(folder))
+                taken = measured.setdefault(setting.name, [])
+                while len(taken) < options.repeats:
+                    taken.append(measure(setting, Path(folder)))
                     if options.measured:
                         options.measured.write_text(json.dumps(measured))
-                rows.append(row_of(setting, plan(setting, Path(folder)), measured[setting.name]))
+                rows.append(row_of(setting, plan(setting, Path(folder)), taken))
                 print(rows[-1], flush=True)
                 options.output.write_text(page(rows))
 
@@ -124,6 +129,7 @@ def words_of(setting: Setting, folder: Path) -> tuple[Path, list[str]]:
 def measure(setting: Setting, folder: Path) -> int:
     """Return the most bytes that the run of a setting took, on top of the program."""
     config, words = words_of(setting, folder)
+    shutil.rmtree(folder / setting.name.replace(" ", "-"), ignore_errors=True)
     train([str(config), *words, *(["--nproc", "2", "--parallel", setting.parallel] if setting.ranks > 1 else [])])
     result = json.loads((folder / setting.name.replace(" ", "-") / "result.json").read_text())
     return result["peak_memory_bytes"] - result["program_memory_bytes"]
@@ -149,20 +155,21 @@ def train(words: list[str]) -> None:
         raise RuntimeError(f"{' '.join(words)}: {' '.join(done.stderr.strip().splitlines()[-3:])}")
 
 
-def row_of(setting: Setting, planned: int, measured: int) -> str:
-    error = planned / measured - 1
+def row_of(setting: Setting, planned: int, measured: list[int]) -> str:
+    median, least, most = statistics.median(measured), min(measured), max(measured)
+    error = planned / median - 1
     mark = "" if abs(error) <= MOST_ERROR else " **beyond 15 %**"
     return (
         f"| {setting.strategy} | {setting.parallel} | {setting.shape} | {setting.note} | {planned / 1e9:.3f} "
-        f"| {measured / 1e9:.3f} | {error:+.1%}{mark} |"
+        f"| {median / 1e9:.3f} ({least / 1e9:.3f} to {most / 1e9:.3f}) | {error:+.1%}{mark} |"
     )
 
 
 NOTE = """
 Where the error is beyond 15 %, it is the guess of what malloc keeps of its heap (trainer/plan/glibc.py), as far as is
 known: too much where many small blocks come and go (adapter, activations computed again), too little with DeepSpeed
-and a small model, by some 65 MB. That guess was one of four, chosen with this table in view, and is the same for every
-run. Runs differ among each other too: with FSDP2 the large model took 0.96 to 1.21 GB, and "long again" 2.3 to 3.8 GB.
+and a small model, by some 65 MB. That guess was one of four, chosen with a first table in view, and is the same for
+every run. The same run takes more or less of it from one time to the next, as the range shows: no plan can be nearer.
 """
 
 
@@ -171,7 +178,7 @@ def page(rows: list[str]) -> str:
         f"{name}: {', '.join(f'{key} {value}' for key, value in shape.items())}"
         for name, shape in (("small", SMALL), ("large", LARGE))
     )
-    header = "| strategy | mode | model | note | planned, GB | measured, GB | error |\n|---|---|---|---|---|---|---|\n"
+    header = "| strategy | mode | model | note | planned, GB | measured, GB: median (least to most) | error |\n|---|---|---|---|---|---|---|\n"
     return (
         f"# Planned and measured peak memory\n\n`python benchmarks/plan_error.py`; {train_work.conditions()}, "
         f"deepspeed {importlib.metadata.version('deepspeed')}.\n\n{header}" + "\n".join(rows) + "\n\n"
