@@ -178,7 +178,8 @@ def page(rows: list[str]) -> str:
         f"{name}: {', '.join(f'{key} {value}' for key, value in shape.items())}"
         for name, shape in (("small", SMALL), ("large", LARGE))
     )
-    header = "| strategy | mode | model | note | planned, GB | measured, GB: median (least to most) | error |\n|---|---|---|---|---|---|---|\n"
+    names = ("strategy", "mode", "model", "note", "planned, GB", "measured, GB: median (least to most)", "error")
+    header = f"| {' | '.join(names)} |\n{'|---' * len(names)}|\n"
     return (
         f"# Planned and measured peak memory\n\n`python benchmarks/plan_error.py`; {train_work.conditions()}, "
         f"deepspeed {importlib.metadata.version('deepspeed')}.\n\n{header}" + "\n".join(rows) + "\n\n"
