@@ -167,9 +167,10 @@ def row_of(setting: Setting, planned: int, measured: list[int]) -> str:
 
 NOTE = """
 Where the error is beyond 15 %, it is the guess of what malloc keeps of its heap (trainer/plan/glibc.py), as far as is
-known: too much where many small blocks come and go (adapter, activations computed again), too little with DeepSpeed
-and a small model, by some 65 MB. That guess was one of four, chosen with a first table in view, and is the same for
-every run. The same run takes more or less of it from one time to the next, as the range shows: no plan can be nearer.
+known: too much where many small blocks come and go (adapter, activations computed again). That guess was one of four,
+chosen with a first table in view, and is the same for every run; what DeepSpeed and FSDP2 take beside tensors was found
+with the small runs, and holds for the large. The same run takes more or less from one time to the next, as the range
+shows: no plan can be nearer.
 """
 
 

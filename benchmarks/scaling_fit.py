@@ -38,7 +38,7 @@ def main() -> None:
         lines = ["| mode | cable, Mbit/s | bytes of a step by the cable, MB: theory, seen | step, s: predicted | "
                  "measured | error |", "|---|---|---|---|---|---|"]  # fmt: skip
         for mode in modes:
-            job = Job(mode, weights, ROWS * MAX_LENGTH)
+            job = Job(mode, weights, ROWS * MAX_LENGTH, over_gloo=True)
             here_s = runs.step_s(f"{mode}-here", "--nproc", "2", "--parallel", mode)
             besides_s = here_s - step_s(job, 2, Device(device.s_per_token), loopback)
             fitted = Device(device.s_per_token, besides_s)

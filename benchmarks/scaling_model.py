@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 # Times the bytes of the whole model that each rank sends in a step, over (N - 1) / N: what a ring sends. One all-reduce
 # is a reduce-scatter and an all-gather; a divided model is gathered for the forward and for the backward pass.
 PASSES = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 3, "fsdp2": 3}
+# gloo makes a reduce-scatter of a whole all-reduce: one pass more, as the bytes on the cable show.
+PASSES_OVER_GLOO = {mode: passes + (mode != "ddp") for mode, passes in PASSES.items()}
 MODES = tuple(PASSES)
 
 
@@ -35,11 +37,16 @@ class Job:
     tokens: float  # of a step, over all ranks
     bytes_each: float = 4.0  # of a weight or gradient on its way: 4 in fp32, 2 in bf16
     messages: int = 1  # that each pass is cut into
+    over_gloo: bool = False
+
+    @property
+    def passes(self) -> int:
+        return (PASSES_OVER_GLOO if self.over_gloo else PASSES)[self.mode]
 
     @property
     def num_bytes(self) -> float:
         """Bytes of all passes of a step, before the (N - 1) / N of a ring."""
-        return PASSES[self.mode] * self.bytes_each * self.weights
+        return self.passes * self.bytes_each * self.weights
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def step_s(job: Job, world: int, device: Device, link: Link, inner: Link | None 
     then goes around between the nodes, over `link`.
     """
     work_s = device.s_per_token * job.tokens / world
-    messages = PASSES[job.mode] * job.messages
+    messages = job.passes * job.messages
     if inner is None or world <= node:
         traffic_s = (inner or link).ring_s(job.num_bytes, world, messages)
     else:
