@@ -128,8 +128,8 @@ def report(options: argparse.Namespace, lines: list[str], device: Device, loopba
         f"{loopback.bytes_per_s / 1e6:,.0f} MB/s, {loopback.latency_s * 1e6:.0f} µs a pass; then what each mode costs "
         "besides, from one run on the loopback. Nothing was fitted on the rows with a rate.\n\n"
         + "\n".join(lines)
-        + "\n\nBytes seen are all that left the first machine in the run, start and end included, over the steps.\n\n"
-        + scaling_plot.ASSUMPTIONS
+        + "\n\nBytes seen are all that left the first machine in the run, start and end included, over the steps. Two "
+        "ranks share this machine with all else that runs on it, so single rows stray.\n\n" + scaling_plot.ASSUMPTIONS
     )
 
 
