@@ -1,10 +1,14 @@
 """What the ranks that are left say about those that hang or are lost."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from trainer import status
 from trainer.status import Place
 
+_FRAME = re.compile(r'  File "(.+)", line (\d+), in (.+)')
+_INNERMOST = 4
 _NAMED = 4  # of the ranks that were lost; a machine may take many with it
 # Files of the innermost frame of a rank that only waits for the others. In the engine of the backward pass it may.
 _WAITING = ("/torch/distributed/", "/torch/nn/parallel/distributed.py", "/deepspeed/comm/", "/torch/autograd/graph.py")
@@ -40,3 +44,9 @@ def hang_block(places: dict[int, Place], stacks: dict[int, str], timeout_s: int)
     none = "  none: it holds the interpreter, in a call that is not Python's\n"
     told = [f"Python stack of rank {rank}:\n{stacks.get(rank) or status.read_stack(rank) or none}" for rank in hanging]
     return "\n".join([first, *(each.rstrip() for each in told)])
+
+
+def innermost(stack: str) -> str:
+    """Return the last frames of a Python stack in a few words, the innermost first."""
+    frames = _FRAME.findall(stack)[: -_INNERMOST - 1 : -1]
+    return ", called by ".join(f"{name} ({Path(file).name}:{line})" for file, line, name in frames)

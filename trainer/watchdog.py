@@ -75,22 +75,23 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self.status.close()
 
-    def check(self, ranks: Iterable[int]) -> None:
-        """Raise PeerLost for one of these ranks that failed or has been silent for `timeout_s`.
+    def fault_among(self, ranks: Iterable[int]) -> Exception | None:
+        """Return the PeerLost for one of these ranks that failed or has been silent for `timeout_s`, if any.
 
-        Raises BadInput where the input was at fault there.
+        BadInput where the input was at fault there.
         """
         assert self.board is not None
         for rank in ranks:
             sign = self._sign(self.board, rank)
             if fault := self._failure(sign):
-                raise self._error_of(fault, self.board)
+                return self._error_of(fault, self.board)
             silent_s = self._silent_s(rank, sign)
             if silent_s > self._timeout_s and sign:
-                raise self._lost(lost_line({rank: self._place(sign)}, silent_s, self.status.place), self.board)
+                return self._lost(lost_line({rank: self._place(sign)}, silent_s, self.status.place), self.board)
             if silent_s > self._timeout_s:
                 never = f"it never came to {self.board.address}"
-                raise self._lost(f"rank {rank} was lost: {never}; no sign for {silent_s:.0f} s", self.board)
+                return self._lost(f"rank {rank} was lost: {never}; no sign for {silent_s:.0f} s", self.board)
+        return None
 
     # --- the threads
 
