@@ -10,12 +10,14 @@ import json
 import math
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -101,7 +103,10 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def _do_together(world: World, work: Callable[[], None], partial: Path) -> None:
-    """Do `work` on all ranks and wait for each; where it fails on one, remove `partial` and raise on all of them."""
+    """Do `work` on all ranks and wait for each; where it fails on one, remove `partial` and raise on all of them.
+
+    The ranks where it did not fail raise an OSError that says where it did, and why.
+    """
     error: Exception | None = None
     try:
         work()
@@ -110,7 +115,8 @@ def _do_together(world: World, work: Callable[[], None], partial: Path) -> None:
     if world.any(error is not None):
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise error or OSError("another rank could not write its part")
+        reasons = gather_object([f"rank {world.rank}, host {socket.gethostname()}: {error}" if error else ""])
+        raise error or OSError(next(filter(None, reasons)))
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
