@@ -76,6 +76,15 @@ def test_a_group_that_was_told_to_stop_before_its_first_step_has_stopped(
     assert endings.exit_code(tmp_path, leader_code, asked_to_stop=asked_to_stop) == expected
 
 
+@pytest.mark.parametrize(
+    ("reports", "expected"), [([75, 75], 75), ([75, None], 1), ([75, 1], 1), ([75, 2], 2)], ids=str
+)
+def test_a_group_whose_ranks_all_saved_has_stopped_whatever_ended_them_after_that(left, tmp_path, reports, expected):
+    for rank, code in enumerate(reports):
+        left(rank, ("checkpoint", 7), *([] if code is None else [code]))
+    assert endings.exit_code(tmp_path, 1, asked_to_stop=False) == expected
+
+
 def test_a_signal_to_a_rank_before_it_has_begun_is_remembered(monkeypatch):
     from launch import train
 
