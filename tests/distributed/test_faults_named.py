@@ -22,7 +22,10 @@ SHORT_S = 3
 
 @pytest.fixture
 def ranks(tmp_path, free_port):
-    """Return a function that starts two ranks, the second with a fault; returns each one's code and what it said."""
+    """Return a function that starts two ranks, the second with a fault; returns each one's code and what it said.
+
+    Fails where they have not ended two minutes after the time limit.
+    """
     (tmp_path / "run").mkdir()
     run_folder.write_status(tmp_path / "run", "running", code=None, step=4)
 
@@ -42,10 +45,12 @@ def ranks(tmp_path, free_port):
             for rank in (0, 1)
         ]  # fmt: skip
         try:
-            first = started[0].communicate(timeout=600)[0]
+            longest_s = timeout_s + 120
+            first = started[0].communicate(timeout=longest_s)[0]
             if last == "hang_in_c":
                 started[1].kill()  # as the agent does
-            return [(started[0].returncode, first), (started[1].wait(timeout=600), started[1].communicate()[0])]
+            second = started[1].communicate(timeout=longest_s)[0]
+            return [(started[0].returncode, first), (started[1].returncode, second)]
         finally:
             for process in started:
                 process.kill()

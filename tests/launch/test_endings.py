@@ -111,8 +111,10 @@ def test_a_run_that_does_not_save_in_time_is_killed_and_it_is_said_where_it_was(
     with (tmp_path / "said").open("wb") as output, processes.Group(script(STUBBORN), {}, output=output) as group:
         while b"ready" not in (tmp_path / "said").read_bytes():
             time.sleep(0.05)
+        told_at = time.monotonic()
         group.stop(signal.SIGTERM, 0.5)
         assert group.wait() == 1
+        assert time.monotonic() - told_at < 0.5 + 120
         assert group.error() == (
             f"error: checkpoint.save_timeout_s: 0.5 s after SIGTERM the run had not stopped, and was killed (rank 0: "
             f"host {HOST}, phase checkpoint, step 9); started again, it goes on from its last checkpoint; raise "
