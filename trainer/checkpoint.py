@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,14 +177,28 @@ def verify(path: Path) -> str:
     return ""
 
 
+def check_part(path: Path, world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise DirectoryError unless the manifest, and every file that this rank will read, is as it was written."""
+    files, tensors = _checked_manifest(path)["files"], directory.read_manifest(path, "checkpoint")["tensors"]
+    for part in shards.held_by_rank(world, model, optimizer):
+        for file, *_ in _overlaps(tensors[part.name]["slices"], part) if part.name in tensors else ():
+            expected = files.pop(file, None)  # each once
+            if expected is not None and directory.sha256(path / file) != expected:
+                raise DirectoryError(f"{path / file}: altered since it was written (sha256 differs)")
+
+
 def _check(path: Path) -> None:
     """Raise DirectoryError unless every file, the manifest too, is as it was written."""
+    directory.check_files(path, _checked_manifest(path))
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
     manifest = directory.read_manifest(path, "checkpoint", as_written=True)  # what the digest is of
     about_itself = ("format_version", "trivet", "kind", "files", "digest")
     fields = {name: value for name, value in manifest.items() if name not in about_itself}
     if manifest.get("digest") != _digest(fields) or not isinstance(manifest.get("files"), dict):
         raise DirectoryError(f"{path / directory.MANIFEST}: altered since it was written")
-    directory.check_files(path, manifest)
+    return manifest
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -257,10 +271,7 @@ def _check_tensors(path: Path, manifest: dict[str, Any], layout: shards.Layout) 
 
 def _read_slice(path: Path, tensors: dict[str, Any], part: Held) -> None:
     entry = tensors[part.name]
-    for file, start, stop in entry["slices"]:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low >= high:
-            continue
+    for file, start, low, high in _overlaps(entry["slices"], part):
         try:
             with safe_open(path / file, framework="pt") as tensors_file:
                 for role in part.views.keys() & entry["roles"]:
@@ -268,3 +279,11 @@ def _read_slice(path: Path, tensors: dict[str, Any], part: Held) -> None:
                     part.views[role][low - part.start : high - part.start].copy_(values)
         except SafetensorError as error:
             raise DirectoryError(f"{path / file}: cannot be read ({error}); remove the folder {path.name}") from None
+
+
+def _overlaps(slices: list[Any], part: Held) -> Iterator[tuple[str, int, int, int]]:
+    """Yield of each slice that this rank needs something of: its file, where it begins, and the range of both."""
+    for file, start, stop in slices:
+        low, high = max(start, part.start), min(stop, part.stop)
+        if low < high:
+            yield file, start, low, high
