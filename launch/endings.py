@@ -14,10 +14,13 @@ def exit_code(folder: Path, leader_code: int, *, asked_to_stop: bool) -> int:
 
     A group that was asked to stop before any of its ranks began has nothing to save, and stopped.
     """
-    codes = {leader_code, *(report.code for report in status.reports(folder).values())}
+    ended, started = status.reports(folder), status.places(folder)
+    codes = {leader_code, *(report.code for report in ended.values())}
     if BAD_INPUT in codes:
         return BAD_INPUT
-    if STOPPED in codes and leader_code in (0, STOPPED):
+    # A signal may yet end a rank that has saved and said so, as its interpreter ends; the launcher counts that.
+    all_stopped = ended and ended.keys() == started.keys() and all(each.code == STOPPED for each in ended.values())
+    if all_stopped or (STOPPED in codes and leader_code in (0, STOPPED)):
         return STOPPED
     if asked_to_stop and leader_code and not has_begun(folder):
         return STOPPED

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from launch import config_file
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 LONGEST_LAUNCH_S = 300
+TIMEOUT_S = 10
 WORDS = ["the", "quick", "brown", "fox", "returns", "a", "list", "of", "lines", "in", "every", "file", "that", "it"]
 slow_modes = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2", "multi_node.yaml")]
 
@@ -38,6 +40,13 @@ class Node:
 
     def run(self, *command: object, **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*self.prefix, *map(str, command)], **options)
+
+    def cut(self) -> None:
+        """Pull the cable, without a word to either end."""
+        subprocess.run([*self.prefix, "ip", "link", "set", self.interface, "down"], check=True)
+
+    def mend(self) -> None:
+        subprocess.run([*self.prefix, "ip", "link", "set", self.interface, "up"], check=True)
 
     def bytes_sent(self) -> int:
         """Bytes that left by the cable."""
@@ -107,7 +116,8 @@ def write_config(tmp_path):
 def train_on(nodes, tmp_path, free_port):
     """Return a function that trains a config on both nodes and returns each one's exit code and what it printed.
 
-    With `stop` it sends SIGUSR1 to the `trivet` of node 1 when the run has taken that many steps.
+    With `stop` it sends SIGUSR1 to the `trivet` of node 1 when the run has taken that many steps, with `cut` it pulls
+    the cable.
     """
 
     def command(path: Path, parallel: str, rank: int) -> list[object]:
@@ -119,7 +129,7 @@ def train_on(nodes, tmp_path, free_port):
         place = ["--nodes", 2, "--machine-rank", rank, *meeting]
         return [sys.executable, "-m", "trivet", "train", path, "--parallel", parallel, *place]
 
-    def train(path: Path, parallel: str, stop: int = 0) -> list[tuple[int, str]]:
+    def train(path: Path, parallel: str, stop: int = 0, *, cut: int = 0) -> list[tuple[int, str]]:
         logs = [tmp_path / f"{path.stem}-{rank}.log" for rank in (0, 1)]
         started = []
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -129,11 +139,17 @@ def train_on(nodes, tmp_path, free_port):
                 options = {"env": environment, "cwd": tmp_path, "stdout": output, "stderr": subprocess.STDOUT}
                 started.append(node.run(*command(path, parallel, rank), **options))
         try:
+            if stop or cut:
+                wait_for(lambda: len(losses(path)) >= stop + cut or started[1].poll() is not None)
             if stop:
-                wait_for(lambda: len(losses(path)) >= stop or started[1].poll() is not None)
                 started[1].send_signal(signal.SIGUSR1)
-            codes = [process.wait(timeout=LONGEST_LAUNCH_S) for process in started]
+            if cut:
+                nodes[0].cut()
+            deadline = time.monotonic() + (TIMEOUT_S + 60 if cut else LONGEST_LAUNCH_S)
+            codes = [process.wait(timeout=max(0, deadline - time.monotonic())) for process in started]
         finally:
+            if cut:
+                nodes[0].mend()
             for process in started:
                 end(process)
         return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
@@ -191,6 +207,27 @@ def test_a_signal_to_one_node_stops_both_with_75_and_the_same_command_goes_on(wr
     assert f"step-{status['step']:08}" in ended[0][1]
     assert len(losses(stopped)) == 400
     assert losses(stopped)[:50] == pytest.approx(losses(whole)[:50], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cut_cable_ends_both_nodes_within_a_minute_of_the_timeout_and_each_says_who_was_lost(
+    write_config, train_on, nodes
+):
+    if not nodes[0].interface:
+        pytest.skip("needs network namespaces")
+    path = write_config("cut", run={"steps": 100_000, "timeout_s": TIMEOUT_S})
+
+    ended = train_on(path, "ddp", cut=5)
+
+    first, second = ([line for line in text.splitlines() if line.startswith("error: ")] for _, text in ended)
+    assert [code for code, _ in ended] == [1, 1], "\n".join(text[-3000:] for _, text in ended)
+    [lost] = first
+    assert lost.startswith(f"error: rank 1 was lost: host {socket.gethostname()}, phase ")
+    assert "; no sign for " in lost
+    assert "killed, or its machine or network is gone; rank 0 waits in phase " in lost
+    [gone] = second
+    assert gone.startswith("error: the store at 10.77.0.1:")
+    assert "gives no answer: rank 0, its machine or the network is gone; started again, the run goes on" in gone
 
 
 @pytest.mark.slow

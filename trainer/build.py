@@ -90,6 +90,9 @@ def build(config: RunConfig, watchdog: Watchdog | None = None) -> Parts:
     fingerprints = take_fingerprints(config, data)
     brief = {name: value[:12] for name, value in fingerprints.items()}
     handshake.agree(world.watchdog, "data", brief, "give every machine the same files")
+    # Whether rows can be packed was tried out here, with numbers that other processors may round otherwise.
+    batches = {"packed rows": objective.packs, "rows of batches": len(feed.train)}
+    handshake.agree(world.watchdog, "batches", batches, "let all ranks run on processors of one kind")
     optimizer = build_optimizer(model, config.optim, fused=world.mode != "deepspeed")
     if world.is_main:
         found = [*data.cut(config), *([f"leaks: {leaks.tell(data.splits.leaks)}"] if data.splits.leaks else [])]
@@ -123,7 +126,7 @@ def outline_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def take_fingerprints(config: RunConfig, data: Data) -> dict[str, str]:
-    """Return hashes of the data, the tokenizer, and a base model that lies in a folder."""
+    """Return hashes of the data, the tokenizer, and the base model: of one from the hub its commit."""
     found = data.fingerprints(config)
     if isinstance(config.model, PretrainedModel) and (base := model_folder.fingerprint(config.model.path)) is not None:
         found["base model"] = base

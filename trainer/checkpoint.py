@@ -5,17 +5,20 @@ manifest (counters, fingerprints, which file holds which range, hashes), which m
 A rank that loads reads only the ranges it holds, whatever mode and world size wrote them.
 """
 
+import functools
 import hashlib
 import json
 import math
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,6 +27,7 @@ from serving.directory import DirectoryError, NewerFormat
 from trainer import shards
 from trainer.distributed import World
 from trainer.held import Held
+from trainer.metrics import Terminal
 
 _PREFIX = "step-"
 _NAME = re.compile(r"step-\d{8}")
@@ -67,7 +71,7 @@ def save(
     def prepare() -> None:
         if world.is_main:
             for left_behind in folder.glob(f".{_PREFIX}*.partial"):
-                shutil.rmtree(left_behind)
+                _remove(left_behind)
             partial.mkdir(parents=True)
 
     def publish() -> None:
@@ -88,11 +92,24 @@ def save(
             later = [path for path in others if path.name > final.name]
             for path in later + others[len(later) + keep - 1 :]:
                 if best is None or path != step_folder(folder, best):
-                    shutil.rmtree(path)
+                    _remove(path)
 
     for part in (prepare, lambda: _write_slices(partial, world, held), publish):
         _do_together(world, part, partial)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Remove what is not needed any more; where it cannot be (NFS may hold a file), say so: what is needed is there."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        _warn(f"warning: {path}: cannot be removed ({error.strerror or error}); remove it yourself")
+
+
+@functools.cache  # a text once: every save tries again
+def _warn(text: str) -> None:
+    Terminal.say_once(text)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -101,7 +118,10 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def _do_together(world: World, work: Callable[[], None], partial: Path) -> None:
-    """Do `work` on all ranks and wait for each; where it fails on one, remove `partial` and raise on all of them."""
+    """Do `work` on all ranks and wait for each; where it fails on one, remove `partial` and raise on all of them.
+
+    The ranks where it did not fail raise an OSError that says where it did, and why.
+    """
     error: Exception | None = None
     try:
         work()
@@ -110,7 +130,8 @@ def _do_together(world: World, work: Callable[[], None], partial: Path) -> None:
     if world.any(error is not None):
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise error or OSError("another rank could not write its part")
+        reasons = gather_object([f"rank {world.rank}, host {socket.gethostname()}: {error}" if error else ""])
+        raise error or OSError(next(filter(None, reasons)))
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -150,7 +171,7 @@ def load(
     tensors = manifest["tensors"]
     _check_tensors(path, manifest, shards.layout(world, model, optimizer))
     # Format 2 began without steps by weight: each had taken all steps of the run.
-    started = dict.fromkeys((name for name in tensors if "weight" in tensors[name]["roles"]), manifest["step"])
+    started = {name: manifest["step"] for name, entry in tensors.items() if "weight" in entry["roles"]}
     shards.begin(world, model, optimizer, manifest.get("optimizer_steps", started))
     with torch.no_grad():
         for part in shards.held_by_rank(world, model, optimizer):
@@ -171,14 +192,28 @@ def verify(path: Path) -> str:
     return ""
 
 
+def check_part(path: Path, world: World, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise DirectoryError unless the manifest, and every file that this rank will read, is as it was written."""
+    files, tensors = _checked_manifest(path)["files"], directory.read_manifest(path, "checkpoint")["tensors"]
+    for part in shards.held_by_rank(world, model, optimizer):
+        for file, *_ in part.overlaps(tensors[part.name]["slices"]) if part.name in tensors else ():
+            expected = files.pop(file, None)  # each once
+            if expected is not None and directory.sha256(path / file) != expected:
+                raise DirectoryError(f"{path / file}: altered since it was written (sha256 differs)")
+
+
 def _check(path: Path) -> None:
     """Raise DirectoryError unless every file, the manifest too, is as it was written."""
+    directory.check_files(path, _checked_manifest(path))
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
     manifest = directory.read_manifest(path, "checkpoint", as_written=True)  # what the digest is of
     about_itself = ("format_version", "trivet", "kind", "files", "digest")
     fields = {name: value for name, value in manifest.items() if name not in about_itself}
     if manifest.get("digest") != _digest(fields) or not isinstance(manifest.get("files"), dict):
         raise DirectoryError(f"{path / directory.MANIFEST}: altered since it was written")
-    directory.check_files(path, manifest)
+    return manifest
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -251,10 +286,7 @@ def _check_tensors(path: Path, manifest: dict[str, Any], layout: shards.Layout) 
 
 def _read_slice(path: Path, tensors: dict[str, Any], part: Held) -> None:
     entry = tensors[part.name]
-    for file, start, stop in entry["slices"]:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low >= high:
-            continue
+    for file, start, low, high in part.overlaps(entry["slices"]):
         try:
             with safe_open(path / file, framework="pt") as tensors_file:
                 for role in part.views.keys() & entry["roles"]:

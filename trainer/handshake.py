@@ -15,11 +15,15 @@ from typing import Any
 
 from serving.directory import BadInput
 from trainer import board, run_folder
+from trainer.board import Board
 from trainer.config import RunConfig, flat
+from trainer.verdict import innermost
 from trainer.watchdog import Watchdog
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.02, 0.5
-_TELL_AFTER_S = 60
+_TELL_EVERY_S = 60
+_STACKS_AFTER = 3  # lines without: who reads much data may well take minutes
+_STACK_WITHIN_S = 3.0  # signs of life, with which they come, are a second apart
 _FILE_SHOWS_WITHIN_S = 10  # on a network file system
 _OURS = ("trainer", "serving", "launch")
 
@@ -58,6 +62,16 @@ def agree(watchdog: Watchdog, subject: str, facts: Mapping[str, Any], mend: str)
         raise BadInput(verdict)
 
 
+def told(watchdog: Watchdog, name: str, value: Any) -> Any:
+    """Return, on every rank, the `value` (JSON) that rank 0 came with. Waits for it as long as rank 0 lives."""
+    notes = watchdog.board
+    if notes is None:
+        return value
+    if notes.rank == 0:
+        notes.pin(name, [value])
+    return _wait_for(watchdog, {0: name})[0][0]
+
+
 def _compare(watchdog: Watchdog, subject: str, mend: str) -> str:
     """Return what is wrong, nothing if all ranks came with the same facts as rank 0."""
     notes = watchdog.board
@@ -78,20 +92,32 @@ def _compare(watchdog: Watchdog, subject: str, mend: str) -> str:
 
 
 def _wait_for(watchdog: Watchdog, names: Mapping[int, str]) -> dict[int, Any]:
-    """Return rank -> note, of the notes that are there, as soon as one is. Raises what `Watchdog.check` raises."""
+    """Return rank -> note, of the notes that are there, as soon as one is. Raises what `fault_among` returns."""
     notes = watchdog.board
     assert notes is not None
-    pause_s, said = _SHORTEST_WAIT_S, time.monotonic()
+    pause_s, began, num_lines = _SHORTEST_WAIT_S, time.monotonic(), 0
     while True:
+        fault = watchdog.fault_among(names)  # first: who refuses leaves its verdict before
         found = {rank: note for rank, name in names.items() if (note := notes.read(name)) is not None}
         if found:
             return found
-        watchdog.check(names)
-        if time.monotonic() - said > _TELL_AFTER_S and notes.rank == 0:
-            print(f"waiting for rank {', '.join(map(str, names))}, still preparing", file=sys.stderr)
-            said = time.monotonic()
+        if fault is not None:
+            raise fault
+        if time.monotonic() - began > (num_lines + 1) * _TELL_EVERY_S and notes.rank == 0:
+            where = _where(notes, list(names), num_lines) if num_lines >= _STACKS_AFTER else ""
+            print(f"waiting for rank {', '.join(map(str, names))}, still preparing{where}", file=sys.stderr)
+            num_lines += 1
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
+
+
+def _where(notes: Board, ranks: list[int], number: int) -> str:
+    """Say in which lines of code each of these ranks is. One that holds the interpreter does not tell."""
+    notes.pin("stacks, please", f"line {number}")
+    time.sleep(_STACK_WITHIN_S)
+    stacks = {rank: notes.read(f"stack/line {number}/{rank}") for rank in ranks}
+    notes.pin("stacks, please", None)
+    return "".join(f"; rank {rank} is in {innermost(stack)}" for rank, stack in stacks.items() if stack)
 
 
 def _agree_on_folder(watchdog: Watchdog, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What one rank holds of one tensor that the ranks hold together."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,3 +19,11 @@ class Held:
     stop: int
     views: dict[str, torch.Tensor]
     replicated: bool  # every rank holds the same whole tensor
+
+    def overlaps(self, slices: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int, int]]:
+        """Yield of each slice of a checkpoint that has something of this part: its file, where it begins, and what
+        range of the flattened tensor both have."""
+        for file, start, stop in slices:
+            low, high = max(start, self.start), min(stop, self.stop)
+            if low < high:
+                yield file, start, low, high

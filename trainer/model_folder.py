@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 
 from serving import directory
 from serving.directory import BadInput
@@ -69,13 +70,14 @@ def tell_unloadable(path: str, error: Exception) -> str:
 
 
 def fingerprint(path: str) -> str | None:
-    """Return a hash of the model in a folder (None for a hub name).
+    """Return a hash of the model in a folder; of a hub name the commit that is in the cache, None where none is.
 
     Raises DirectoryError if the folder has a trivet.json and any file is not as that says.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return None
+        cached = try_to_load_from_cache(path, "config.json")
+        return extract_commit_hash(cached, None) if isinstance(cached, str) else None
     if (folder / directory.MANIFEST).exists():
         directory.check_files(folder, directory.read_manifest(folder, "model"))
         return directory.identity(folder)

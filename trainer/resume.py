@@ -5,7 +5,7 @@ from pathlib import Path
 
 from serving import directory
 from serving.directory import DirectoryError
-from trainer import checkpoint
+from trainer import checkpoint, handshake
 from trainer.build import Parts
 from trainer.checkpoint import Counters
 from trainer.config import RunConfig
@@ -19,15 +19,15 @@ _RESTARTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT")
 def resume(config: RunConfig, parts: Parts) -> Counters:
     """Load the checkpoint that the run goes on from, if there is one; return where the run stands.
 
-    Raises DirectoryError for a checkpoint that is asked for and cannot be used, and for one of another parallel mode
-    or number of processes unless that is asked for.
+    Rank 0 chooses it for all ranks. Raises DirectoryError for a checkpoint that is asked for and cannot be used, and
+    for one of another parallel mode or number of processes unless that is asked for; BadInput where a rank cannot use
+    what rank 0 chose.
     """
-    path, skipped = find(config)
-    if parts.world.is_main:
-        for reason in skipped:
-            Terminal.say_once(f"checkpoint skipped: {reason}")
+    path = choose(config, parts.world)
     if path is None:
         return Counters()
+    found = _name(path) if parts.world.is_main else _seen_here(path, parts)
+    handshake.agree(parts.world.watchdog, "resume", {str(path): found}, "let every machine see the same files there")
     if not config.checkpoint.reshard:
         refuse_other_world(path, parts.world)
     if parts.world.is_main:
@@ -35,6 +35,33 @@ def resume(config: RunConfig, parts: Parts) -> Counters:
     done = checkpoint.load(path, parts.world, parts.model, parts.optimizer, fingerprints=parts.fingerprints)
     parts.feed.go_on_after(done.step, done.feed)
     return done
+
+
+def choose(config: RunConfig, world: World) -> Path | None:
+    """Return the checkpoint that rank 0 finds and verifies, on every rank; None for the start.
+
+    What a rank finds by itself may be another one: its listing of a network file system may be old.
+    """
+    path = None
+    if world.is_main:
+        path, skipped = find(config)
+        for reason in skipped:
+            Terminal.say_once(f"checkpoint skipped: {reason}")
+    told = handshake.told(world.watchdog, "chosen checkpoint", None if path is None else str(path))
+    return None if told is None else Path(told)
+
+
+def _seen_here(path: Path, parts: Parts) -> str:
+    """Say which checkpoint this rank sees, once it has hashed what it will read of it."""
+    try:
+        checkpoint.check_part(path, parts.world, parts.model, parts.optimizer)
+        return _name(path)
+    except (DirectoryError, OSError) as error:
+        return f"none that can be used ({error})"
+
+
+def _name(path: Path) -> str:
+    return f"checkpoint {directory.identity(path)[:12]}"
 
 
 def find(config: RunConfig) -> tuple[Path | None, list[str]]:

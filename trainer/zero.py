@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from serving.directory import BadInput
+from trainer import modes
 from trainer.config import RunConfig
 from trainer.free_memory import free_bytes
 from trainer.out_of_memory import in_words
@@ -24,7 +25,10 @@ _BYTES_OFFLOADED = 16  # of each weight that learns: its fp32 copy, its gradient
 
 
 def check(config: RunConfig) -> None:
-    """Raise BadInput where the launch config contradicts the run config, or asks for what is not supported."""
+    """Raise BadInput where the launch config contradicts the run config, or asks for what is not supported.
+
+    And where the ranks that were started cannot share the batch, from which DeepSpeed's numbers follow.
+    """
     settings = _own_settings()
     offload = {key: str(_at(settings, key) or "none").lower() for key in _OFFLOAD}
     for key, device in offload.items():
@@ -91,7 +95,7 @@ def _owned_by_the_run(config: RunConfig) -> list[tuple[str, str, Any]]:
     """What DeepSpeed has a name of its own for, what the run config says of it, and what it should be then."""
     batch, precision = config.batch, config.precision.type
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_rows = batch.micro_rows or batch.rows // world_size
+    micro_rows = modes.micro_rows(config, world_size)
     accumulation, optim = batch.rows // (micro_rows * world_size), config.optim
     return [
         ("train_batch_size", f"batch.rows is {batch.rows}", batch.rows),

@@ -62,6 +62,7 @@ def main() -> None:
     seen["left"] = sorted(str(path) for path in Path().rglob("*"))
     distributed._AFTER_THE_WATCHDOG_S = 0
     build.make_feed = slow_feed
+    handshake._TELL_EVERY_S, handshake._STACKS_AFTER = 2, 1
     seen["slow"] = launch_train.train(config_file.load(slow, [], RunConfig))
     Path(f"{results}.{RANK}").write_text(json.dumps(seen))
 

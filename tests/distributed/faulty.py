@@ -3,9 +3,11 @@
 A fault {"rank", "phase", "step", "do"} happens where that rank enters that phase of that step.
 """
 
+import atexit
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -43,7 +45,18 @@ def be_told() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-FAULTS = {each.__name__: each for each in (kill, hang, hang_in_c, fail, dawdle, be_told)}
+def find_no_room() -> None:
+    """As on a full disk: no file of this rank may grow beyond a KiB from here on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+
+def end_slowly() -> None:
+    """Be told to stop, and once more when the run is over and the interpreter ends."""
+    atexit.register(be_told)
+    be_told()
+
+
+FAULTS = {each.__name__: each for each in (kill, hang, hang_in_c, fail, dawdle, be_told, find_no_room, end_slowly)}
 
 
 def at(self, phase, step=None):

@@ -1,6 +1,7 @@
 """Stopped and gone on: exactly on the same world, and in another mode or on more or fewer processes when asked to."""
 
 import json
+import socket
 
 import pytest
 
@@ -59,6 +60,27 @@ def test_one_process_refuses_what_a_mode_saved_unless_it_is_told_to_reshard(mode
     assert f"was saved by {mode.removesuffix('-offload')} on 2 processes, and this run is single on 1 process" in said
     assert "--reshard" in said
     assert not (modes.run_folder(name) / "model").exists()
+
+
+def test_ranks_go_on_from_the_checkpoint_that_rank_0_chose_or_refuse_to(modes):
+    steady = {"optim": {"lr": 1e-2, "schedule": "constant", "max_grad_norm": 0.3}}
+    name = modes.alone("chosen", run={"steps": 5}, **steady)  # with checkpoints at 2, 4 and 5
+    settings = {"checkpoint": {"reshard": True, "every": SAVED_AT, "keep": 9}, **steady}
+    path = modes.config(name, run={"steps": 5, "timeout_s": 30}, **settings)
+    launched = modes.launch_script("ddp", "resuming.py", path, modes.checkpoint(name, SAVED_AT))
+    seen = launched["ranks"]
+    # Rank 0 was started again after a failure and goes on from the newest, and rank 1 with it.
+    assert [rank["restarted"] for rank in seen] == [0, 0]
+    assert went_on_from(launched["log"]) == [str(modes.checkpoint(name, 5))]
+    expected = modes.numbers(modes.alone("alone-6", run={"steps": 6}, **steady), "loss")
+    assert modes.numbers(name, "loss") == pytest.approx(expected, rel=ROUNDING)
+    for rank in seen:
+        assert rank["altered"].startswith("mine: checkpoint ")
+        assert "none that can be used (mine/rank-00000.safetensors: altered since it was wri" in rank["altered"]
+        assert "none that can be used (mine: no such folder" in rank["gone"]
+        assert rank["gone"].endswith("the same on every rank; let every machine see the same files there")
+        assert f" on rank 1 ({socket.gethostname()}); accepted" in rank["gone"]
+    assert not modes.run_folder("other").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`trivet train` whose ranks are killed, hang, fail or are told to stop: told in one block, and gone on with."""
 
+import errno
 import json
 import os
 import signal
@@ -109,6 +110,25 @@ def test_a_signal_to_one_rank_is_named_in_status_json_and_trivet_returns_75(faul
     assert {key: found[key] for key in ("state", "code", "step", "reason")} == {
         "state": "stopped", "code": 75, "step": 3, "reason": "stopped by a signal to rank 1",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_why_another_rank_could_not_write_its_part_of_a_checkpoint_is_told(faulty, modes):
+    fault = {"rank": 1, "phase": "checkpoint", "step": 4, "do": "find_no_room"}
+    code, said = faulty(modes.config("no-room", run={"steps": STEPS}, checkpoint={"every": SAVED_AT}), [fault])
+    assert code == 1
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    for told in (*errors, status_of(modes, "no-room")["reason"]):
+        assert f"the checkpoint of step 4 cannot be written (rank 1, host {HOST}: " in told
+        assert os.strerror(errno.EFBIG) in told
+    assert errors[-1].endswith("; mend that; started again, the run goes on from step 2")
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_the_interpreter_ends_takes_nothing_back(faulty, modes):
+    fault = {"rank": 1, "phase": "forward", "step": 3, "do": "end_slowly"}
+    code, said = faulty(modes.config("told-twice", run={"steps": 4000}), [fault])
+    assert (code, status_of(modes, "told-twice")["state"]) == (75, "stopped"), said[-3000:]
 
 
 @pytest.mark.slow

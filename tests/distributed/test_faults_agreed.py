@@ -1,6 +1,7 @@
 """Ranks that are not of one mind refuse to start, and both values and both ranks are named. One launch shows all."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -57,3 +58,9 @@ def test_tokenising_may_take_longer_than_a_collective(seen, modes):
     assert [rank["slow"] for rank in seen["ranks"]] == [0, 0]
     status = json.loads((modes.run_folder("slow") / "status.json").read_text())
     assert status["state"] == "done"
+
+
+def test_who_waits_for_a_rank_that_prepares_says_so_and_after_a_while_where_that_rank_is(seen):
+    said = [line for line in seen["log"].splitlines() if line.startswith("waiting for rank 1, still preparing")]
+    assert said[0] == "waiting for rank 1, still preparing"
+    assert re.match(r".*; rank 1 is in slow_feed \(disagreeing.py:\d+\), called by build \(build.py:\d+\),", said[1])

@@ -4,12 +4,16 @@ In the fast set each mode is launched once, with each strategy once and the obje
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
-STEPS, WHOLE_STEPS = 3, 5  # as in conftest.py
+STEPS, WHOLE_STEPS, ROUNDING = 3, 5, 1e-5  # as in conftest.py
 
 
 def tensors(folder: Path) -> dict[str, tuple]:
@@ -67,6 +71,58 @@ def test_the_model_directory_is_bit_for_bit_that_of_one_process(modes, mode):
     modes.launched(mode)
     for case in modes.fast_cases(mode):
         check_same_model(modes, mode, case)
+
+
+def test_the_model_directory_holds_what_one_process_learned(modes, mode):
+    """Not only what the mode's own checkpoint says that it learned."""
+    modes.launched(mode)
+    for case in modes.fast_cases(mode):
+        name = "-".join(case)
+        alone = modes.run_folder(modes.alone(f"alone-{name}", *case)) / "model"
+        check_learned(modes.run_folder(f"{mode}-{name}") / "model", alone)
+
+
+# What is added to all keys alike changes no attention: its gradient is rounding, of which AdamW makes whole steps.
+NOISE = "key.bias"
+
+
+def check_learned(written: Path, expected: Path) -> None:
+    ours, theirs = values(written), values(expected)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        apart = np.linalg.norm(ours[name] - value) / (np.linalg.norm(value) or 1.0)
+        assert apart <= ROUNDING or name.endswith(NOISE), (written, name, apart)
+
+
+def values(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        f"{path.name}: {name}": value
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def test_a_fresh_process_loads_the_model_of_a_mode_with_transformers_alone(modes, mode):
+    modes.launched(mode)
+    objective = next(objective for objective, strategy in modes.fast_cases(mode) if strategy == "full")
+    folders = [str(modes.run_folder(f"{each}-{objective}-full") / "model") for each in (mode, "alone")]
+    modes.alone(f"alone-{objective}-full", objective, "full")
+    command = [sys.executable, "-c", _STATES, *folders]
+    apart = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert apart["weights"] > 20
+    assert apart["most"] <= ROUNDING
+
+
+_STATES = """
+import json, sys
+from transformers import AutoModel
+ours, theirs = (AutoModel.from_pretrained(folder).state_dict() for folder in sys.argv[1:])
+assert ours.keys() == theirs.keys()
+most = max(float((ours[name] - value).norm() / (value.norm() or 1)) for name, value in theirs.items()
+           if not name.endswith("key.bias"))
+print(json.dumps({"weights": len(ours), "most": most}))
+"""
 
 
 def test_a_rank_without_anything_to_learn_from_changes_nothing(modes, mode):

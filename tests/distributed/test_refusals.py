@@ -171,6 +171,16 @@ def test_what_a_deepspeed_file_says_must_be_what_the_run_config_says(modes, monk
             zero.check(run)
 
 
+def test_deepspeed_on_more_processes_than_rows_is_refused_by_the_rows(modes, monkeypatch):
+    from launch import config_file
+    from trainer.config import RunConfig
+
+    run = config_file.load(modes.config("refused-rows", batch={"micro_rows": None}), [], RunConfig)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(BadInput, match=r"batch\.rows: 4 rows cannot be shared by 8 processes; use a multiple of it"):
+        zero.check(run)
+
+
 def test_an_offload_that_the_machine_has_no_memory_for_is_refused(monkeypatch):
     monkeypatch.setattr(zero, "free_bytes", lambda *_, **__: 1000)
     model = torch.nn.Linear(25, 10, bias=False)  # 250 weights, 16 bytes each, on 2 ranks: 2,000 bytes
@@ -187,6 +197,8 @@ def test_the_private_names_of_deepspeed_that_checkpoints_use_are_there():
     from deepspeed.runtime.zero import partition_parameters
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Stage2
+    from deepspeed.utils import mixed_precision_linkage
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
     assert deepspeed.__version__.startswith("0.19."), "run tests/distributed with the new one, and then say so here"
     for kind, methods, fields in (
@@ -198,6 +210,13 @@ def test_the_private_names_of_deepspeed_that_checkpoints_use_are_there():
     ):  # fmt: skip
         assert all(callable(getattr(kind, name, None)) for name in methods), kind
         assert all(f"self.{name} =" in inspect.getsource(kind) for name in fields), kind
+    # Stages 1 and 2 hang these on each weight; `get_hp_fragment` finds its part of the fp32 copy.
+    assert "lp_param._hp_mapping =" in inspect.getsource(mixed_precision_linkage)
+    assert "lp_fragment_address" in tensor_fragment.__dataclass_fields__
+    assert list(inspect.signature(tensor_fragment.get_hp_fragment).parameters) == [
+        "self", "optim_state_key",
+    ]  # fmt: skip
+    assert {"start", "numel"} <= fragment_address.__dataclass_fields__.keys()
     assert "param.ds_tensor" in inspect.getsource(partition_parameters)
     assert "param.ds_shape" in inspect.getsource(partition_parameters)
     assert list(inspect.signature(Stage3._get_fp32_opt_state_partition).parameters)[1:] == [

@@ -76,6 +76,15 @@ def test_a_group_that_was_told_to_stop_before_its_first_step_has_stopped(
     assert endings.exit_code(tmp_path, leader_code, asked_to_stop=asked_to_stop) == expected
 
 
+@pytest.mark.parametrize(
+    ("reports", "expected"), [([75, 75], 75), ([75, None], 1), ([75, 1], 1), ([75, 2], 2)], ids=str
+)
+def test_a_group_whose_ranks_all_saved_has_stopped_whatever_ended_them_after_that(left, tmp_path, reports, expected):
+    for rank, code in enumerate(reports):
+        left(rank, ("checkpoint", 7), *([] if code is None else [code]))
+    assert endings.exit_code(tmp_path, 1, asked_to_stop=False) == expected
+
+
 def test_a_signal_to_a_rank_before_it_has_begun_is_remembered(monkeypatch):
     from launch import train
 
@@ -102,8 +111,10 @@ def test_a_run_that_does_not_save_in_time_is_killed_and_it_is_said_where_it_was(
     with (tmp_path / "said").open("wb") as output, processes.Group(script(STUBBORN), {}, output=output) as group:
         while b"ready" not in (tmp_path / "said").read_bytes():
             time.sleep(0.05)
+        told_at = time.monotonic()
         group.stop(signal.SIGTERM, 0.5)
         assert group.wait() == 1
+        assert time.monotonic() - told_at < 0.5 + 120
         assert group.error() == (
             f"error: checkpoint.save_timeout_s: 0.5 s after SIGTERM the run had not stopped, and was killed (rank 0: "
             f"host {HOST}, phase checkpoint, step 9); started again, it goes on from its last checkpoint; raise "

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, never half-read, and the newest whole one wins."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -176,6 +177,25 @@ def test_only_the_newest_are_kept(tmp_path, world, stepped):
     for step in (1, 5, 10, 200):
         save(tmp_path, world, made, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000200"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning_and_not_the_run(
+    tmp_path, world, stepped, monkeypatch, capfd
+):
+    """As a file that another machine holds open on a network file system, or a disk that cannot be read there."""
+    made, remove = stepped(1), shutil.rmtree
+
+    def fail(path, *args, **kwargs):
+        if Path(path).name == "step-00000001":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    for step in (1, 2, 3):
+        save(tmp_path, world, made, step, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+    said = f"warning: {tmp_path / 'step-00000001'}: cannot be removed (Input/output error); remove it yourself"
+    assert capfd.readouterr().err.count(said) == 1
 
 
 def test_what_only_looks_like_a_checkpoint_is_neither_loaded_nor_removed(tmp_path, world, stepped):

@@ -267,3 +267,23 @@ def test_attention_code_from_the_hub_is_not_asked_for(base, make_config):
     assert build.build(make_config("sft", "full", model={"path": str(base)})).model.config._attn_implementation != (
         "somebody/kernel"
     )
+
+
+def test_the_fingerprint_of_a_hub_name_is_the_commit_that_is_in_the_cache(base, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert model_folder.fingerprint("some/model") is None
+    cached = tmp_path / "models--some--model"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(base, cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        assert model_folder.fingerprint("some/model") == commit
+
+
+def test_ranks_agree_on_the_base_model_and_on_how_their_batches_are_cut(base, make_config, monkeypatch):
+    agreed = {}
+    monkeypatch.setattr(build.handshake, "agree", lambda _, subject, facts, mend: agreed.update({subject: facts}))
+    config = make_config("sft", "full", model={"path": str(base)})
+    parts = build.build(config)
+    assert agreed["data"]["base model"] == model_folder.fingerprint(str(base))[:12]
+    assert agreed["batches"] == {"packed rows": True, "rows of batches": len(parts.feed.train)}
