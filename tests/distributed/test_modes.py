@@ -110,14 +110,17 @@ def test_a_fresh_process_loads_the_model_of_a_mode_with_transformers_alone(modes
     modes.alone(f"alone-{objective}-full", objective, "full")
     command = [sys.executable, "-c", _STATES, *folders]
     apart = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    assert apart["weights"] > 20
+    assert apart["weights"] >= 20
     assert apart["most"] <= ROUNDING
 
 
 _STATES = """
-import json, sys
+import json, sys, torch
 from transformers import AutoModel
-ours, theirs = (AutoModel.from_pretrained(folder).state_dict() for folder in sys.argv[1:])
+def load(folder):
+    torch.manual_seed(0)  # of what the folder has not: the pooler of a masked language model
+    return AutoModel.from_pretrained(folder).state_dict()
+ours, theirs = map(load, sys.argv[1:])
 assert ours.keys() == theirs.keys()
 most = max(float((ours[name] - value).norm() / (value.norm() or 1)) for name, value in theirs.items()
            if not name.endswith("key.bias"))

@@ -51,6 +51,15 @@ def test_each_mode_divides_among_four_ranks_what_it_says(recordings_of):
         assert (plan.host_bytes > 0) == (mode == "zero3-offload")
 
 
+@pytest.mark.parametrize("mode", ["zero3", "zero3-offload"])
+def test_zero_3_on_a_gpu_needs_room_for_the_whole_model_at_once(recordings_of, mode):
+    """DeepSpeed 0.19 moves the whole model to the device before it divides it (engine.py,
+    `_configure_distributed_model`): the most of the build is not in the memory of the machine alone."""
+    plan = make_plan(recordings_of(64, on_gpu=True, batch={"rows": 64}), mode)
+    assert plan.most_by_phase["evaluation"] >= 4 * NUMEL
+    assert plan.total_bytes >= plan.most_by_phase["build"]
+
+
 def test_zero_1_keeps_all_gradients_of_micro_batches_before_the_last(recordings_of):
     plan = make_plan(recordings_of(2, batch={"rows": 8, "micro_rows": 2}), "zero1")
     assert plan.gradients_bytes == pytest.approx((4 + 2) * NUMEL, abs=ROUNDED)
