@@ -158,6 +158,8 @@ def prepare(
         world.accelerator.gradient_accumulation_steps = zero.derive(
             settings, config, model, micro_rows=micro_rows, world_size=world.size
         )
+        if world.zero_stage == 3:
+            zero.divide(model, settings, config.precision.type)
     if world.mode == "fsdp2":
         fsdp.shard(model, optimizer, world.accelerator.device, world.size)
         return model, world.accelerator.prepare_optimizer(optimizer)

@@ -88,6 +88,18 @@ def derive(
     return accumulation
 
 
+def divide(model: torch.nn.Module, settings: dict[str, Any], precision: str) -> None:
+    """Divide the weights for stage 3, one by one: the engine would first move the whole model to each GPU."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    if precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization")
+    own = {name: settings[name] for name in names} | {"bf16": {"enabled": precision == "bf16"}}
+    Init(module=model, config_dict_or_path=own, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
 _OFFLOAD = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 
 
