@@ -161,6 +161,15 @@ def test_each_rank_holds_the_share_of_weights_gradients_and_optimizer_state_that
             assert found[name] == pytest.approx(expected, abs=SLACK[name]), (name, found)
 
 
+@pytest.mark.parametrize("divided", ["zero3", "zero3-offload"])
+def test_zero_3_hands_the_engine_no_weight_that_is_whole(modes, divided):
+    """It would move a whole model to each GPU before it divides it."""
+    for rank in modes.launched(divided)["ranks"]:
+        assert rank["seen"][f"{divided}-whole"]["whole"] == 0
+    for rank in modes.launched("zero2")["ranks"]:
+        assert rank["seen"]["zero2-whole"]["whole"] > 0
+
+
 @pytest.mark.slow
 def test_every_objective_with_every_strategy_is_the_same_on_two_processes(modes, mode):
     modes.launched(mode)  # the fast ones
@@ -173,7 +182,7 @@ def test_every_objective_with_every_strategy_is_the_same_on_two_processes(modes,
 
 @pytest.mark.slow
 def test_four_processes_take_the_steps_of_one(modes, mode):
-    cases = {f"{mode}-{'-'.join(case)}-on-4": case for case in modes.fast_cases(mode)}
+    cases = {f"{mode}-{'-'.join(case)}-on-4": case for case in modes.all_cases}
     modes.launch(mode, *(modes.config(name, *case) for name, case in cases.items()), nproc=4)
     for name, case in cases.items():
         modes.check_same_numbers(name, modes.alone(f"alone-{'-'.join(case)}", *case))

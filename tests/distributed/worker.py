@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
 from bytes_held import bytes_held, gradient_bytes  # beside this file
 from silent import silenced
 
@@ -24,7 +25,7 @@ from trainer.packing import IGNORED
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 finish_for_real, backward_for_real = distributed.finish_step, distributed.backward
-parts_for_real, write_for_real = Feed.parts_at, checkpoint._write_slices
+parts_for_real, write_for_real, prepare_for_real = Feed.parts_at, checkpoint._write_slices, Accelerator.prepare
 stop_after, taken, written, dies = 0, 0, 0, False
 seen: dict = {}
 
@@ -48,6 +49,12 @@ def finish_step(world, model, optimizer, **kwargs):
     return norm
 
 
+def prepare(accelerator, model, *others):
+    """Count the weights that lie whole on this rank when the engine takes the model."""
+    seen["whole"] = sum(parameter.numel() for parameter in model.parameters())
+    return prepare_for_real(accelerator, model, *others)
+
+
 def parts_at(self, step):
     """Count what carries loss in each of this rank's micro-batches."""
     parts = parts_for_real(self, step)
@@ -69,7 +76,7 @@ def write_slices(*args):
 def main() -> None:
     global stop_after, taken, seen, written, dies
     distributed.finish_step, distributed.backward = finish_step, backward
-    Feed.parts_at, checkpoint._write_slices = parts_at, write_slices
+    Feed.parts_at, checkpoint._write_slices, Accelerator.prepare = parts_at, write_slices, prepare
     codes, found = [], {}
     for argument in sys.argv[2:]:
         path, _, step = argument.partition("@")
