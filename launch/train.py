@@ -116,7 +116,8 @@ def dry_run(config: RunConfig, *, nproc: int = 1, nodes: int = 1, mode: str = "s
     with out_of_memory.while_building(config):
         parts = build(config)
     plan = loop.check_memory(config, parts, mode=mode, world_size=nproc * nodes, nproc=nproc)
-    needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process" if plan else ""
+    shared = f" of {nproc * nodes} in mode {mode}" if nproc * nodes > 1 else ""
+    needs = f", about {out_of_memory.in_words(plan.total_bytes)} of memory for each process{shared}" if plan else ""
     needs += " and about 0.5 GiB more for the program itself" if plan else ""
     feed = parts.feed
     print(

@@ -9,7 +9,7 @@ from trainer.plan.timeline import Rank, Timeline, evaluate, rebuild, save
 
 _FP32 = 4
 _BUCKET_NUMEL = 500_000_000  # at most; trainer/zero.py makes it no larger than all gradients
-_GATHERED_NUMEL = 1_000_000_000  # of gathered weights, ZeRO-3 keeps so many for the backward pass
+_GATHERED_NUMEL = 1_000_000_000  # of gathered weights, ZeRO-3 keeps so many for what comes next
 
 
 def zero_1(t: Timeline, rank: Rank) -> None:
@@ -95,10 +95,14 @@ def _zero_3(t: Timeline, rank: Rank, *, offloads: bool) -> None:
         t.take("weights", total // rank.world_size)
         t.take("weights", part)
         t.take("gradients", sum(rank.learning_bytes) // rank.world_size)
-    around = _gather(t, rank, rank.around)
-    layers = [_gather(t, rank, sizes) for sizes in rank.layers]
+    held, kept_numel = [_gather(t, rank, rank.around)], 0
+    for sizes in rank.layers:
+        held.append(_gather(t, rank, sizes))
+        kept_numel += sum(sizes) // rank.passes.itemsize
+        if kept_numel > _GATHERED_NUMEL:
+            t.give(*held.pop())
     evaluate(t, rank)
-    for gathered in (around, *layers):
+    for gathered in held:
         t.give(*gathered)
     with t.phase("step"):
         t.take("buffers", bucket)
