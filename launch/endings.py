@@ -68,6 +68,6 @@ def _of_killed(place: status.Place, *, by_kernel: bool) -> str:
         else "from outside (kill -9), or the machine's memory ran out"
     )
     return (
-        f"error: rank {place.rank} was killed {who}; {place}; started again, the run goes on from its last checkpoint; "
-        "to need less memory lower batch.micro_rows (the result stays the same) or batch.max_length"
+        f"error: rank {place.rank} was killed {who}; {place}; started again, the run goes on from its last "
+        "checkpoint, if any; to need less memory lower batch.micro_rows (the result stays the same) or batch.max_length"
     )

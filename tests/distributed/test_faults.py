@@ -72,7 +72,7 @@ def test_whatever_befalls_a_rank_is_told_in_one_block_and_the_run_goes_on_to_the
     killed, hung, holding, failed = blocks_of(said)
     assert killed[0].startswith(
         "error: rank 1 was killed from outside (kill -9), or the machine's memory ran out; "
-        f"host {HOST}, phase backward, step 4; started again, the run goes on from its last checkpoint"
+        f"host {HOST}, phase backward, step 4; started again, the run goes on from its last checkpoint, if any"
     )
     assert hung[0].startswith(f"error: rank 1 hangs: host {HOST}, phase forward, step 6; it has not moved for")
     assert hung[0].endswith("and 1 other waits for it; raise run.timeout_s if that may take longer; started again, the "

@@ -37,7 +37,7 @@ def test_of_two_that_were_killed_the_first_is_named(left, tmp_path):
     left(1, ("forward", 7), shown_at=100.0)
     assert endings.error(tmp_path, by_kernel=False).startswith(
         "error: rank 1 was killed from outside (kill -9), or the machine's memory ran out; "
-        f"host {HOST}, phase forward, step 7; started again, the run goes on from its last checkpoint"
+        f"host {HOST}, phase forward, step 7; started again, the run goes on from its last checkpoint, if any"
     )
 
 
