@@ -80,7 +80,7 @@ def train(
     ] = False,
 ) -> None:
     """Train one run: from its newest checkpoint if it was stopped, else from the start."""
-    from launch import config_file, processes, restarts, roll_call
+    from launch import config_file, endings, processes, restarts, roll_call
     from launch import train as one_run
     from trainer import modes
     from trainer.config import RunConfig
@@ -109,6 +109,8 @@ def train(
         argv, env, machines, nproc=nproc, parallel=mode, save_timeout_s=run_config.checkpoint.save_timeout_s,
         start_again=restarts.again(run_config, max_restarts), timeout_s=run_config.run.timeout_s,
     )  # fmt: skip
+    if code == endings.INTERRUPTED:
+        restarts.tell_failed(run_config, code, "a second Ctrl-C")
     raise typer.Exit(code)
 
 

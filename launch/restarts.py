@@ -22,7 +22,7 @@ def again(config: RunConfig, max_restarts: int) -> Callable[[int], dict[str, str
     known = _saved(config)
 
     def start_again(failures: int) -> dict[str, str] | None:
-        _tell_failed(config)
+        tell_failed(config, 1, "its processes were killed")
         if failures > max_restarts:
             return None
         has_saved = bool(_saved(config) - known)
@@ -39,8 +39,8 @@ def _saved(config: RunConfig) -> set[tuple[Path, int]]:
     return {(path, path.stat().st_mtime_ns) for path in found}
 
 
-def _tell_failed(config: RunConfig) -> None:
+def tell_failed(config: RunConfig, code: int, reason: str) -> None:
+    """Write into status.json how a run ended whose ranks could not."""
     status = run_folder.read_status(config.run.folder)
     if status is not None and status["state"] == "running":
-        reason = "its processes were killed"
-        run_folder.write_status(config.run.folder, "failed", code=1, step=status["step"], reason=reason)
+        run_folder.write_status(config.run.folder, "failed", code=code, step=status["step"], reason=reason)

@@ -65,6 +65,24 @@ def test_the_command_refuses_before_any_process_is_started(trivet, config, monke
     assert (code, err.strip()) == (2, f"error: {said}")
 
 
+def test_a_second_ctrl_c_is_in_status_json_though_no_rank_could_write_it(trivet, config, monkeypatch):
+    from launch import roll_call
+    from trainer import run_folder
+
+    path = config("interrupted")
+    folder = path.parent / "runs" / "refused-interrupted"
+
+    def killed(*_, **__):
+        folder.mkdir(parents=True)
+        run_folder.write_status(folder, "running", code=None, step=3)
+        return 130
+
+    monkeypatch.setattr(roll_call, "start_together", killed)
+    assert trivet("train", path, "--nproc", "2")[0] == 130
+    status = run_folder.read_status(folder)
+    assert [status[key] for key in ("state", "code", "step", "reason")] == ["failed", 130, 3, "a second Ctrl-C"]
+
+
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "TORCHELASTIC_RUN_ID": "test"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "TORCHELASTIC_RUN_ID": "test"}
 
