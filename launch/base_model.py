@@ -61,10 +61,14 @@ def _train(folder: Path, made_by: Path) -> int:
 
 
 def check_without_base(config: RunConfig) -> None:
-    """Check of a run what needs no model: its rows, columns and labels. Raises BadInput."""
-    from trainer import out_of_memory
+    """Check of a run what needs no model: its precision, rows, columns and labels. Raises BadInput."""
+    import torch
+
+    from trainer import modes, out_of_memory
     from trainer.dataset import check_rows
 
+    if not torch.cuda.is_available():
+        modes.check_on_cpu(config)
     with out_of_memory.while_building(config):
         check_rows(config)
 

@@ -92,14 +92,14 @@ def train(
     processes.check_parallel(parallel or "ddp")
     modes.check(run_config, parallel or "ddp")
     modes.micro_rows(run_config, nproc * nodes)
+    is_one_process = nproc * nodes == 1 and parallel is None
+    mode = "single" if is_one_process else parallel or "ddp"
     if dry_run:
-        alone = nproc * nodes == 1 and parallel is None
-        return one_run.dry_run(run_config, nproc=nproc, nodes=nodes, mode="single" if alone else parallel or "ddp")
+        return one_run.dry_run(run_config, nproc=nproc, nodes=nodes, mode=mode)
     machines = nodes_of(nodes, machine_rank, main_address, join_timeout_s)
-    is_one_process = nproc == 1 and parallel is None and machines is None
     if is_one_process and not max_restarts:
         raise typer.Exit(one_run.main([str(config), *arguments]))
-    mode, env = parallel or "ddp", dict[str, str]()
+    env = dict[str, str]()
     if is_one_process:
         argv = processes.train_command(config, arguments)
     else:

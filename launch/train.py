@@ -101,15 +101,11 @@ def dry_run(config: RunConfig, *, nproc: int = 1, nodes: int = 1, mode: str = "s
     politeness.check_hub_address()
     finished = is_finished(config)
     model = config.model
-    import torch
-
     from trainer import loop, out_of_memory
     from trainer.build import build
-    from trainer.modes import check_on_cpu, micro_rows
+    from trainer.modes import micro_rows
 
     micro_rows(config, nproc * nodes)
-    if not torch.cuda.is_available():
-        check_on_cpu(config)
     if isinstance(model, PretrainedModel) and model.made_by is not None and not Path(model.path).is_dir():
         _dry_run_without_base(config, model)
         return

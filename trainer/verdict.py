@@ -34,8 +34,8 @@ def hang_block(places: dict[int, Place], stacks: dict[int, str], timeout_s: int)
     least = min(place.moves for place in places.values())
     behind = [rank for rank, place in places.items() if place.moves == least]
     # Who has no stack holds the interpreter, and so does not wait either.
-    innermost = {rank: stacks.get(rank, "").rpartition('  File "')[2] for rank in behind}
-    busy = [rank for rank in behind if not any(part in innermost[rank] for part in _WAITING)]
+    inner = {rank: stacks.get(rank, "").rpartition('  File "')[2] for rank in behind}
+    busy = [rank for rank in behind if not any(part in inner[rank] for part in _WAITING)]
     hanging = busy or behind
     named = "; ".join(f"rank {rank} hangs: {places[rank]}" for rank in hanging)
     waiting = [rank for rank in places if rank not in hanging]

@@ -22,6 +22,7 @@ from launch.doctor.findings import Finding, State
 from launch.nodes import host_name
 from trainer import machines
 from trainer.status import own_rank
+from trainer.watchdog import is_of_a_connection
 
 AREA = "between ranks"
 LATENCY_ROUNDS, CLOCK_ROUNDS, BANDWIDTH_ROUNDS = 50, 10, 3
@@ -40,7 +41,9 @@ def main() -> int:
     machines.use_reachable_interface()
     try:
         findings = _measured(folder)
-    except (RuntimeError, dist.DistError) as error:  # of gloo, NCCL or the store
+    except RuntimeError as error:
+        if not is_of_a_connection(error):
+            raise
         findings = [_apart(error)]
     if own_rank() == 0:
         named = [dataclasses.asdict(dataclasses.replace(finding, area=AREA)) for finding in findings]
