@@ -44,6 +44,7 @@ class Watchdog:
         self._signs: dict[int, tuple[int, float]] = {}  # rank -> its last sign of life, and when it was new here
         self._main = threading.get_ident()
         self._is_failing = False
+        self._speaks: bool | None = None  # of who hangs: decided before any rank ends, since the store may go with it
         self._end = threading.Event()
         self._moved_at, self._told = time.monotonic(), 0
         self._teller = threading.Thread(target=self._tell, args=[board.another()], daemon=True) if board else None
@@ -110,7 +111,7 @@ class Watchdog:
                 if time.monotonic() - self._moved_at > self._timeout_s / 2:
                     for rank in range(board.size):
                         self._silent_s(rank, self._sign(board, rank))
-                verdict = board.read("verdict")
+                verdict = self._verdict_of_another(board)
                 if verdict and not self._end.wait(self._hearing_s):
                     self._end_the_run(board, *verdict)
                 self._told = alive
@@ -146,15 +147,23 @@ class Watchdog:
         try:
             deadline = time.monotonic() + 4 * _SILENCE_S
             while not board.is_first("asks") and time.monotonic() < deadline:
-                if verdict := board.read("verdict"):
-                    return verdict[0], verdict[1]
+                if verdict := self._verdict_of_another(board):
+                    return verdict
                 time.sleep(self._interval_s / 4)
             found = self._ask_all(board)
+            self._speaks = board.is_first("speaks")
             board.pin("verdict", found)
             time.sleep(self._hearing_s)
             return found
         except dist.DistError:
             return board.lost(), LOST
+
+    def _verdict_of_another(self, board: Board) -> tuple[str, str] | None:
+        """Return what the rank that asked all others found, if one has; that rank says it."""
+        verdict = board.read("verdict")
+        if verdict and self._speaks is None:
+            self._speaks = False
+        return verdict and (verdict[0], verdict[1])
 
     def _ask_all(self, board: Board) -> tuple[str, str]:
         ranks, stacks = range(board.size), {board.rank: self._stack()}
@@ -246,9 +255,9 @@ class Watchdog:
         return BadInput(fault["message"]) if fault["code"] == 2 else self._lost(fault["message"], board)
 
     def _lost(self, message: str, board: Board) -> PeerLost:
-        speaks = True  # where nobody can be asked who does
+        speaks = self._speaks is not False  # also where nobody can be asked who does
         with suppress(dist.DistError):
-            speaks = board.is_first("speaks")
+            speaks = board.is_first("speaks") if self._speaks is None else speaks
         first, newline, rest = message.partition("\n")
         error = guards.failed(self._folder, first) if self._folder else RunFailed(first, step=0)
         return PeerLost(f"{error}{newline}{rest}", step=error.step, speaks=speaks)
