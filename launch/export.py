@@ -14,19 +14,20 @@ from serving.verify import VerificationFailed, verify
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
 
 
-def export(model: Path, onnx_dir: Path) -> int:
+def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
 
-    SIGTERM ends it as Ctrl-C does: with nothing half-written.
+    `asked` are the fields of serving.export.Options. SIGTERM ends it as Ctrl-C does: with nothing half-written.
     """
-    from serving.export import export_model
+    from serving.export import Options, export_model
 
+    options = Options(**asked)
     console = Console(stderr=True)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with console.status("export") as status:
             show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
-            record = export_model(model, onnx_dir, progress=lambda stage: show(f"export: {stage}"))
+            record = export_model(model, onnx_dir, options, progress=lambda stage: show(f"export: {stage}"))
     except VerificationFailed as error:
         return _failed(error)
     finally:

@@ -13,19 +13,24 @@ from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import classifier, decoder
 from serving.export.attention import ExportError
 from serving.export.graph import quiet
+from serving.export.options import Options
 from serving.export.source import Source, find_model, open_source
 from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
 
 # Each has write_reference, write_graph and write_settings.
 EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, "classification": classifier}
 
 
 def export_model(
-    source: str | Path, onnx_dir: str | Path, *, progress: Callable[[str], None] | None = None
+    source: str | Path,
+    onnx_dir: str | Path,
+    options: Options | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
@@ -35,6 +40,7 @@ def export_model(
     source does.
     """
     report = progress or (lambda stage: None)
+    options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
     _check_target(onnx_dir, find_model(Path(source)).resolve())
     report("reading the model")
@@ -48,12 +54,12 @@ def export_model(
         with quiet():
             exporter.write_reference(model, tokenizer, opened, folder)
         report("writing the graph")
-        inputs, outputs = exporter.write_graph(model, opened, folder / GRAPH)
+        inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
         with quiet():
             # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
             tokenizer.save_pretrained(folder)
             fields = exporter.write_settings(model, tokenizer, opened, folder)
-        manifest = {**_manifest(opened, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
+        manifest = {**_manifest(opened, options, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
         seal(folder, "onnx", **manifest)
         record = prove(folder, "cpu", progress=report)
         append_verification(folder, record)
@@ -77,13 +83,14 @@ def _check_target(onnx_dir: Path, model_dir: Path) -> None:
             raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
 
 
-def _manifest(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     template = tokenizer.chat_template
     return {
         "task": source.task,
         "architecture": source.architecture,
-        "dtype": "fp32",
-        "quantization": None,
+        "dtype": options.dtype,
+        "quantization": options.quantization,
+        "optimize_for": options.optimize_for,
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
         "source": source.provenance,

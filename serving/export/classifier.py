@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
 from serving.export.graph import OPSET, forget_source_lines, quiet
+from serving.export.options import Options
 from serving.export.reference import TEXTS, check_finite, save_reference, text_cases
 from serving.export.source import Source
 
@@ -63,7 +64,7 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     )
 
 
-def write_graph(model: PreTrainedModel, source: Source, path: Path) -> tuple[list[str], list[str]]:
+def write_graph(model: PreTrainedModel, source: Source, options: Options, path: Path) -> tuple[list[str], list[str]]:
     """Write the model as `path` (weights in `path` + ".data"); return the names of the graph's inputs and outputs.
 
     Raises ExportError when the model's own code cannot be traced.

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
+from serving.export.options import Options
 from serving.export.source import Source
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
@@ -60,7 +61,7 @@ def cache_names(num_layers: int) -> list[str]:
     return [f"{kind}.{layer}" for layer in range(num_layers) for kind in ("keys", "values")]
 
 
-def write_graph(model: PreTrainedModel, source: Source, path: Path) -> tuple[list[str], list[str]]:
+def write_graph(model: PreTrainedModel, source: Source, options: Options, path: Path) -> tuple[list[str], list[str]]:
     """Write the model as `path` (weights in `path` + ".data"); return the names of the graph's inputs and outputs.
 
     The model's attention implementation is changed: take from it what is wanted of the original before.

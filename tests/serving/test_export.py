@@ -70,9 +70,9 @@ def test_a_failed_proof_publishes_nothing_and_keeps_the_older_directory(
 ):
     from serving.export import decoder
 
-    def write_other_weights(model, source, path):
+    def write_other_weights(model, source, options, path):
         model.model.layers[1].self_attn.o_proj.weight.data *= 1.02  # after the source has answered
-        return write_graph(model, source, path)
+        return write_graph(model, source, options, path)
 
     write_graph = decoder.write_graph
     monkeypatch.setattr(decoder, "write_graph", write_other_weights)
