@@ -15,8 +15,8 @@ Target = Literal["cpu", "cuda"]
 class Options:
     """How a model is exported.
 
-    `dtype`: of weights and activations. `quantization`: None leaves the weights in `dtype`. `optimize_for`: the provider
-    whose operators are used. `loras`: adapters that are kept beside the base, chosen per row.
+    `dtype`: of weights and activations. `quantization`: None leaves the weights in `dtype`. `optimize_for`: the
+    provider whose operators are used. `loras`: adapters that are kept beside the base, chosen per row.
     """
 
     dtype: Dtype = "fp32"
