@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
-from serving.export.graph import OPSET, forget_source_lines, quiet
 from serving.export.options import Options
 from serving.export.reference import TEXTS, check_finite, save_reference, text_cases
 from serving.export.source import Source
+from serving.export.trace import OPSET, forget_source_lines, quiet
 
 INPUTS = ["input_ids", "attention_mask"]
 LONGEST_TEXT = 512  # of the reference, in tokens; less where a row may not be so long
@@ -89,7 +89,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
             f"{source.folder}: {source.architecture} cannot be traced into a graph ({_first_line(error)}); "
             "choose another architecture"
         ) from error
-    forget_source_lines(program)
+    forget_source_lines(program.model)
     program.save(path, external_data=True)
     graph = program.model.graph
     return [each.name for each in graph.inputs], [each.name for each in graph.outputs]
