@@ -18,6 +18,7 @@ from serving.export.cache import PassThroughCache
 from serving.export.fuse import fuse
 from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind
 from serving.export.options import Options
+from serving.export.quantize import quantize
 from serving.export.source import Source
 from serving.export.trace import give_weights, trace
 
@@ -80,6 +81,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
         graph = _traced(step, source, list(range(len(source.layers))), None)
     give_weights(graph, step)
     fuse(graph, source.config.max_position_embeddings)
+    quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 
