@@ -12,6 +12,14 @@ from serving.text import Text
 # 30 of SmolLM2-135M; in two layers, one matrix 1% too large gave 6e-2, and a position wrong by one more than 1.
 LOGIT_TOLERANCE = 1e-3
 
+# What quantisation may cost on held-out text: the perplexity, divided by the source's. Never which tokens come out: a
+# rounding turns over what was nearly a tie, and all that follows.
+PERPLEXITY_LIMITS = {"int8": 1.03, "int8-weights": 1.03, "int4": 1.10}
+
+# How far a quantised model's logits may differ alone and among others, as a share of their standard deviation. It is
+# more than fp32 rounding, which may turn a quantised activation over by one level of 255.
+CROWD_TOLERANCE = 5e-2
+
 Check = dict[str, Any]
 Cases = dict[str, list[dict[str, Any]]]
 

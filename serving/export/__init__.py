@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import classifier, decoder
 from serving.export.attention import ExportError
+from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.options import Options
 from serving.export.source import Source, find_model, open_source
 from serving.export.trace import quiet
@@ -19,7 +20,7 @@ from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model"]
 
 # Each has write_reference, write_graph and write_settings.
 EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, "classification": classifier}
@@ -30,11 +31,12 @@ def export_model(
     onnx_dir: str | Path,
     options: Options | None = None,
     *,
+    held_out: HeldOutRows | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
-    The folder appears whole and verified on CPU, in place of an older one, or not at all. `progress` is called with a
+    A quantised model is measured on `held_out` rows. The folder appears whole and verified on CPU, in place of an older one, or not at all. `progress` is called with a
     word or two at the start of each stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds
     something else, before any work, and VerificationFailed with the evidence when the graph does not answer as the
     source does.
@@ -42,6 +44,8 @@ def export_model(
     report = progress or (lambda stage: None)
     options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
+    if options.quantization is not None and held_out is None:
+        raise ExportError(f"quantization {options.quantization}: nothing to measure its cost on; give held_out rows")
     _check_target(onnx_dir, find_model(Path(source)).resolve())
     report("reading the model")
     with quiet():
@@ -53,6 +57,8 @@ def export_model(
         report("running the source model")
         with quiet():
             exporter.write_reference(model, tokenizer, opened, folder)
+            if held_out is not None:
+                add_held_out(model, tokenizer, opened, held_out, folder)
         report("writing the graph")
         inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
         with quiet():
