@@ -16,10 +16,6 @@ LOGIT_TOLERANCE = 1e-3
 # rounding turns over what was nearly a tie, and all that follows.
 PERPLEXITY_LIMITS = {"int8": 1.03, "int8-weights": 1.03, "int4": 1.10}
 
-# How far a quantised model's logits may differ alone and among others, as a share of their standard deviation. It is
-# more than fp32 rounding, which may turn a quantised activation over by one level of 255.
-CROWD_TOLERANCE = 5e-2
-
 Check = dict[str, Any]
 Cases = dict[str, list[dict[str, Any]]]
 

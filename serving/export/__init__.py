@@ -36,8 +36,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
-    A quantised model is measured on `held_out` rows. The folder appears whole and verified on CPU, in place of an older one, or not at all. `progress` is called with a
-    word or two at the start of each stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds
+    The folder appears whole and verified on CPU, in place of an older one, or not at all. A quantised model is measured
+    on `held_out` rows. `progress` is called with a word or two at the start of each stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds
     something else, before any work, and VerificationFailed with the evidence when the graph does not answer as the
     source does.
     """
