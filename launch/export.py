@@ -32,9 +32,23 @@ def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
         return _failed(error)
     finally:
         signal.signal(signal.SIGTERM, former)
-    print_record(onnx_dir, record)
-    console.print(f"next: trivet serve {onnx_dir}", highlight=False, markup=False, soft_wrap=True)
+    for line in _what_next(onnx_dir, options.optimize_for, record):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[str]:
+    """Print the record, if anything could be verified here; return what is still to be done."""
+    if record["provider"] is not None:
+        print_record(onnx_dir, record)
+    served_there = "" if provider == "cpu" else f" --provider {provider}"
+    if record["provider"] == provider:
+        return [f"next: trivet serve {onnx_dir}{served_there}"]
+    proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
+    return [
+        f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
+        f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",
+    ]
 
 
 def verify_again(onnx_dir: Path, provider: str) -> int:

@@ -53,7 +53,8 @@ class Step(torch.nn.Module):
             logits_to_keep=keep,
         )
         present = [self.attention.present[layer] for layer in self.traced]
-        return (output.logits, *(tensor for pair in present for tensor in pair))
+        # Samplers and proofs read fp32, whatever the model computes in.
+        return (output.logits.float(), *(tensor for pair in present for tensor in pair))
 
 
 def cache_names(layers: Iterable[int]) -> list[str]:
@@ -84,7 +85,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
 
 def _traced(step: Step, source: Source, traced: list[int], layers: Layers | None) -> ir.Model:
     names = cache_names(traced)
-    inputs, dynamic_shapes = _example(source, len(traced))
+    inputs, dynamic_shapes = _example(source, len(traced), step.model.dtype)
     step.traced = traced
     return trace(
         step,
@@ -96,11 +97,11 @@ def _traced(step: Step, source: Source, traced: list[int], layers: Layers | None
     )
 
 
-def _example(source: Source, num_layers: int) -> tuple[dict, dict]:
+def _example(source: Source, num_layers: int, dtype: torch.dtype) -> tuple[dict, dict]:
     """Return inputs to trace with, and which of their sizes may change."""
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
     kv = source.layers[0]
-    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * num_layers)]
+    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim, dtype=dtype) for _ in range(2 * num_layers)]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),
