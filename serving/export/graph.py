@@ -18,6 +18,7 @@ from serving.export.cache import PassThroughCache
 from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.source import Source
+from serving.export.standard_attention import standard_attention
 from serving.export.trace import give_weights, trace
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
@@ -78,6 +79,8 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
             graph = _traced(step, source, layers.traced, layers)
     except CannotRepeat:
         graph = _traced(step, source, list(range(len(source.layers))), None)
+    if options.optimize_for == "cuda" and options.dtype == "fp32":
+        standard_attention(graph)
     give_weights(graph, step)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
