@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
+from serving.export.fuse import fuse
 from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.source import Source
@@ -82,6 +83,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     if options.optimize_for == "cuda" and options.dtype == "fp32":
         standard_attention(graph)
     give_weights(graph, step)
+    fuse(graph, source.config.max_position_embeddings)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 

@@ -172,7 +172,8 @@ def repeat(model: ir.Model, layers: Layers) -> None:
     last.end.outputs[0].replace_all_uses_with(hidden, replace_graph_outputs=True)
     of_no_layer = [value for value in graph.outputs if value.producer() not in inside]
     graph.outputs[:] = [*of_no_layer, *outputs.values()]
-    graph.remove(list(graph), safe=False)
+    graph.remove(inside, safe=True)
+    graph.remove(rest, safe=False)  # to come back around the copies
     before = [node for node in rest if node not in after]
     graph.extend([*before, *copies, *(node for node in rest if node in after)])
 
