@@ -97,6 +97,9 @@ def serve(
     """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
     refuse_wheel_clash()
     from launch.api_keys import read_keys
+    from launch.export import offer_verification
     from serving.server import serve
 
+    with naming(onnx_dir):
+        offer_verification(onnx_dir, provider)
     serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)

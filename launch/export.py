@@ -6,9 +6,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from serving.directory import BadInput
+from serving.proofs import Unproven, require_verified
+from serving.session import check_provider, onnxruntime_version
 from serving.verify import VerificationFailed, verify
 
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
@@ -59,6 +63,25 @@ def verify_again(onnx_dir: Path, provider: str) -> int:
         return _failed(error)
     print_record(onnx_dir, record)
     return 0
+
+
+def offer_verification(onnx_dir: Path, provider: str) -> None:
+    """On a terminal, ask whether to verify a directory that has no valid proof for this provider, and do so.
+
+    Ends the command where the proof fails. Whatever else may be wrong with the directory is left to those who open it.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    try:
+        check_provider(provider)
+        require_verified(onnx_dir, provider, onnxruntime_version())
+    except Unproven as error:
+        if not typer.confirm(f"{error}\nVerify it now?", default=True, err=True):
+            raise
+        if code := verify_again(onnx_dir, provider):
+            raise typer.Exit(code) from None
+    except BadInput:
+        return
 
 
 def _failed(error: VerificationFailed) -> int:

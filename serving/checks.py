@@ -14,9 +14,10 @@ from serving.text import Text
 LOGIT_TOLERANCE = 1e-3
 
 # The same for each number format of weights and activations, and for the root of the mean squared difference, which
-# finds what the largest one hides among rounding. Largest and mean seen for SmolLM2-135M: fp16 3.5e-2 and 2.9e-3, bf16
-# (in transformers, for want of a GPU) 3.2e-1 and 2.8e-2; for two random layers at most the same.
-TOLERANCES = {"fp32": LOGIT_TOLERANCE, "fp16": 6e-2, "bf16": 8e-1}
+# finds what the largest one hides among rounding. Largest and mean seen in fp16: 3.5e-2 and 2.9e-3 for SmolLM2-135M,
+# up to 5.4e-2 and 3.8e-3 for ten kinds of four random layers; in bf16 (SmolLM2-135M in transformers, for want of a
+# GPU) 3.2e-1 and 2.8e-2.
+TOLERANCES = {"fp32": LOGIT_TOLERANCE, "fp16": 1e-1, "bf16": 8e-1}
 RMS_TOLERANCES = {"fp32": LOGIT_TOLERANCE, "fp16": 8e-3, "bf16": 8e-2}
 
 Check = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Attention in operators of plain ONNX (opset 24), for providers whose GroupQueryAttention takes no fp32, as CUDA does not.
+"""Attention in operators of plain ONNX (opset 24), for providers whose GroupQueryAttention takes no fp32: CUDA's.
 
 TensorScatter writes the new keys and values into the cache, in place where input and output are bound to the same
 memory; Attention then reads the cache up to the longest row. Who may see what is a mask: it serves whole padded texts,
@@ -38,7 +38,7 @@ def _replace(graph: ir.Graph, attention: ir.Node, shared: "_Shared") -> None:
     attend = {name: settings[name] for name in ("scale", "softcap") if name in settings}
     mask = shared.mask(settings.get("local_window_size"))
     found = new("Attention", _by_heads(shared, query, settings["num_heads"]), *cache, mask, **attend)
-    flat = new("Reshape", new("Transpose", found, perm=[0, 2, 1, 3]), shared.ints(0, 0, -1))
+    flat = new("Reshape", new("Transpose", found, perm=[0, 2, 1, 3]), shared.ints(0, 0, -1), allowzero=0)
     flat.shape, flat.type = attention.outputs[0].shape, attention.outputs[0].type
     attention.outputs[0].replace_all_uses_with(flat)
     graph.remove(attention, safe=True)
@@ -46,7 +46,11 @@ def _replace(graph: ir.Graph, attention: ir.Node, shared: "_Shared") -> None:
 
 def _by_heads(shared: "_Shared", rows: ir.Value, num_heads: int) -> ir.Value:
     """Return [B, heads, T, D] of [B, T, heads x D]."""
-    return shared.new("Transpose", shared.new("Reshape", rows, shared.ints(0, 0, num_heads, -1)), perm=[0, 2, 1, 3])
+    heads = shared.new("Reshape", rows, shared.ints(0, 0, num_heads, -1), allowzero=0)
+    if rows.shape is not None and isinstance(size := rows.shape[2], int):
+        heads.shape = ir.Shape([*rows.shape[:2], num_heads, size // num_heads])  # what it only undoes can then go
+    heads.type = rows.type
+    return shared.new("Transpose", heads, perm=[0, 2, 1, 3])
 
 
 class _Shared:
@@ -62,7 +66,7 @@ class _Shared:
         # A padded row of whole texts is shorter than T, and begins at 0 as all do.
         past_the_end = new("Add", new("Cast", lengths, to=ir.DataType.INT64), ints(1))
         self.start = new("Max", new("Sub", past_the_end, num_tokens), self.zero)
-        self.length = new("Reshape", new("Cast", longest, to=ir.DataType.INT64), ints(1))
+        self.length = new("Reshape", new("Cast", longest, to=ir.DataType.INT64), ints(1), allowzero=0)
         steps_T = new("Range", self._scalar(0), new("Squeeze", num_tokens), self._scalar(1))
         places_BT = new("Add", new("Unsqueeze", self.start, ints(1)), steps_T)
         self._places = new("Unsqueeze", places_BT, ints(1, 3))  # [B, 1, T, 1]
