@@ -6,18 +6,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from serving.directory import BadInput
+from serving.proofs import Unproven, require_verified
+from serving.session import check_provider, onnxruntime_version
 from serving.verify import VerificationFailed, verify
 
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
 
 
-def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
+def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
 
-    `asked` are the fields of serving.export.Options. SIGTERM ends it as Ctrl-C does: with nothing half-written.
+    `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of.
+    SIGTERM ends it as Ctrl-C does: with nothing half-written.
     """
     from serving.export import Options, export_model
 
@@ -32,9 +37,25 @@ def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
         return _failed(error)
     finally:
         signal.signal(signal.SIGTERM, former)
-    print_record(onnx_dir, record)
-    console.print(f"next: trivet serve {onnx_dir}", highlight=False, markup=False, soft_wrap=True)
+    for line in _what_next(onnx_dir, options.optimize_for, record):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if explain and record["provider"] is not None:
+        print_explanation(onnx_dir, record["provider"])
     return 0
+
+
+def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[str]:
+    """Print the record, if anything could be verified here; return what is still to be done."""
+    if record["provider"] is not None:
+        print_record(onnx_dir, record)
+    served_there = "" if provider == "cpu" else f" --provider {provider}"
+    if record["provider"] == provider:
+        return [f"next: trivet serve {onnx_dir}{served_there}"]
+    proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
+    return [
+        f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
+        f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",
+    ]
 
 
 def verify_again(onnx_dir: Path, provider: str) -> int:
@@ -45,6 +66,25 @@ def verify_again(onnx_dir: Path, provider: str) -> int:
         return _failed(error)
     print_record(onnx_dir, record)
     return 0
+
+
+def offer_verification(onnx_dir: Path, provider: str) -> None:
+    """On a terminal, ask whether to verify a directory that has no valid proof for this provider, and do so.
+
+    Ends the command where the proof fails. Whatever else may be wrong with the directory is left to those who open it.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    try:
+        check_provider(provider)
+        require_verified(onnx_dir, provider, onnxruntime_version())
+    except Unproven as error:
+        if not typer.confirm(f"{error}\nVerify it now?", default=True, err=True):
+            raise
+        if code := verify_again(onnx_dir, provider):
+            raise typer.Exit(code) from None
+    except BadInput:
+        return
 
 
 def _failed(error: VerificationFailed) -> int:
@@ -65,6 +105,24 @@ def print_record(onnx_dir: Path, record: dict[str, Any]) -> None:
     for row in check_rows(record):
         table.add_row(*row)
     Console().print(table)
+
+
+def print_explanation(onnx_dir: Path, provider: str) -> None:
+    """Print the graph's nodes by type beside those that onnxruntime runs, and what was left in pieces."""
+    from serving.export.explain import explain
+
+    found = explain(onnx_dir, provider)
+    table = Table(title=f"{onnx_dir}: {found.nodes.total()} nodes; onnxruntime runs {found.runs.total()}")
+    for column in ("node", "in the graph", "run", "by"):
+        table.add_column(column, justify="right" if column in ("in the graph", "run") else "left")
+    for name in sorted({*found.nodes, *(name for name, _ in found.runs)}, key=lambda name: (-found.nodes[name], name)):
+        by = {provider: count for (op_type, provider), count in found.runs.items() if op_type == name}
+        table.add_row(name, str(found.nodes[name]), str(sum(by.values())), ", ".join(by))
+    console = Console()
+    console.print(table)
+    console.print(
+        "not fused: " + ("; ".join(found.not_fused) or "nothing that could be"), highlight=False, soft_wrap=True
+    )
 
 
 def check_rows(record: dict[str, Any]) -> list[list[str]]:

@@ -11,7 +11,16 @@ Manifest = dict[str, Any]
 
 # What those who open a directory read of its manifest.
 FIELDS = {
-    "causal_lm": ("vocab_size", "num_layers", "num_kv_heads", "head_dim", "context_length", "end_token_ids", "source"),
+    "causal_lm": (
+        "vocab_size",
+        "num_layers",
+        "num_kv_heads",
+        "head_dim",
+        "dtype",
+        "context_length",
+        "end_token_ids",
+        "source",
+    ),
     "classification": ("labels", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source"),
 }
 COMMANDS = {"causal_lm": "trivet generate", "classification": "trivet predict"}

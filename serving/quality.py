@@ -73,9 +73,10 @@ def check_perplexity(session: Session, manifest: Manifest, held_out: HeldOut) ->
 
 def _predictions(session: Session, manifest: Manifest, held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-likelihood of every token but the first ones, and the likeliest token in its place."""
-    pairs = [(log_likelihoods(logits_TV, ids), logits_TV[:-1].argmax(-1)) for ids, logits_TV in _runs(
-        session, manifest, held_out
-    )]
+    pairs = [
+        (log_likelihoods(logits_TV, ids), logits_TV[:-1].argmax(-1))
+        for ids, logits_TV in _runs(session, manifest, held_out)
+    ]
     found, top = zip(*pairs, strict=True)
     return np.concatenate(found), np.concatenate(top)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from serving.checks import LOGIT_TOLERANCE, Cases, Check, check_text, graded, max_abs_diff
+from serving.checks import TOLERANCES, Cases, Check, check_text, graded, max_abs_diff, near_tie
 from serving.directory import REFERENCE
-from serving.engine import NEAR_TIE
 from serving.manifest import Manifest
 from serving.session import Session
 from serving.tasks import Classifier, Prediction, padded_logits
@@ -27,13 +26,14 @@ class Reference:
     logits_NL: np.ndarray
     labels: list[str]
     cases: Cases
+    dtype: str = "fp32"
 
     @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """Read the directory's reference.safetensors."""
+    def load(cls, folder: Path, dtype: str = "fp32") -> "Reference":
+        """Read the directory's reference.safetensors; `dtype` is what the graph is in, which sets what is accepted."""
         with safe_open(folder / REFERENCE, framework="numpy") as file:
             stored = {name: json.loads(text) for name, text in file.metadata().items()}
-            return cls(file.get_tensor("logits"), stored.pop("labels"), stored)
+            return cls(file.get_tensor("logits"), stored.pop("labels"), stored, dtype)
 
     @property
     def texts(self) -> list[str]:
@@ -48,12 +48,17 @@ class Reference:
     @property
     def tolerance(self) -> float:
         """The largest absolute logit difference that is accepted."""
-        return LOGIT_TOLERANCE * float(self.logits_NL.std())
+        return TOLERANCES[self.dtype] * float(self.logits_NL.std())
+
+    @property
+    def near_tie(self) -> float:
+        """How close two logits must lie for either label to be right."""
+        return near_tie(self.dtype, self.tolerance)
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
     """Run all checks, calling `report` at the start of each stage; return them by name."""
-    reference = Reference.load(folder)
+    reference = Reference.load(folder, manifest["dtype"])
     report("verifying text")
     checks = {"text": check_text(folder, reference.cases)}
     report("verifying logits")
@@ -89,7 +94,7 @@ def check_labels(classifier: Classifier, reference: Reference) -> Check:
         if mine.label == theirs.label:
             continue
         second, first = np.partition(logits_L, -2)[-2:]
-        if first - second < NEAR_TIE:
+        if first - second < reference.near_tie:
             near_ties += 1
         else:
             wrong.append(f"{text[:40]!r} is {mine.label!r}, not {theirs.label!r}")

@@ -60,7 +60,7 @@ def _decoded(session: Session, manifest: Manifest, prompts: dict[int, list[int]]
     A step takes all prompts that wait for it, each whole.
     """
     said: Said = {}
-    of = {}
+    of: dict[Request, int] = {}
 
     def observe(request: Request, logits_V: np.ndarray) -> None:
         said[of[request], len(request.output_ids)] = list(request.output_ids), logits_V.copy()

@@ -32,7 +32,7 @@ class Logits(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, L]."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
 
 def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
