@@ -87,6 +87,10 @@ class Session:
         """Run once; when this returns, the bound logits and cache rows hold the result."""
         self._session.run_with_iobinding(binding)
 
+    def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run once over memory of its own; return the outputs in the graph's order, in its number format."""
+        return self._session.run(None, dict(feeds))
+
 
 def check_provider(provider: str) -> None:
     """Raise BadInput when the provider is unknown or not part of the installed onnxruntime."""

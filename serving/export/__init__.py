@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from serving.directory import DirectoryError, read_manifest, seal, staged
-from serving.export import classifier, decoder
+from serving.export import decoder, rows
 from serving.export.attention import ExportError
 from serving.export.graph import quiet
+from serving.export.heads import HEADS
 from serving.export.options import Options
-from serving.export.source import Source, find_model, open_source
+from serving.export.source import Source, check_vocabulary, find_model, open_source
 from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
@@ -22,7 +23,7 @@ from serving.verify import VerificationFailed, prove
 __all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
 
 # Each has write_reference, write_graph and write_settings.
-EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, "classification": classifier}
+EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, **dict.fromkeys(HEADS, rows)}
 
 
 def export_model(
@@ -49,6 +50,7 @@ def export_model(
         exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
+        check_vocabulary(model, tokenizer, opened)
     with staged(onnx_dir) as folder:
         report("running the source model")
         with quiet():
