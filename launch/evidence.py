@@ -14,7 +14,7 @@ from launch.export import check_rows
 from launch.report import Section
 from launch.report_plots import bar_plot
 from serving.engine import NEAR_TIE, Engine
-from serving.export.graph import quiet
+from serving.export.trace import quiet
 from serving.request import Sampling
 from serving.text import Text
 from trainer import corpus

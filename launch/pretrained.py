@@ -100,7 +100,7 @@ def _convert(file: Path, staging: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from serving.export.graph import quiet
+    from serving.export.trace import quiet
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar whatever one says

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import decoder, rows
 from serving.export.attention import ExportError
-from serving.export.graph import quiet
 from serving.export.heads import HEADS
 from serving.export.options import Options
 from serving.export.source import Source, check_vocabulary, find_model, open_source
+from serving.export.trace import quiet
 from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove

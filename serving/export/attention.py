@@ -34,7 +34,7 @@ class KvShape:
 
 
 class InPlaceAttention:
-    """Attention over `past` (keys and values of each layer, interleaved), writing this step's into the same buffers.
+    """Attention over `past` (keys and values of each layer), writing this step's into the same buffers.
 
     Set `past`, `seqlens_k` and `total_length` before the model runs; `present` then holds the buffers after the step.
     Without a `past` it only checks what the model asks for and notes each layer's shape in `shapes`.
@@ -42,7 +42,7 @@ class InPlaceAttention:
     """
 
     def __init__(self) -> None:
-        self.past: list[torch.Tensor] = []
+        self.past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.shapes: dict[int, KvShape] = {}
         self.seqlens_k: torch.Tensor | None = None
@@ -86,7 +86,7 @@ class InPlaceAttention:
         if softcap is not None:
             attributes["softcap"] = float(softcap)
         query, key, value = (each.transpose(1, 2).flatten(2) for each in (query, key, value))
-        past_key, past_value = self.past[2 * layer : 2 * layer + 2]
+        past_key, past_value = self.past[layer]
         output, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (query, key, value, past_key, past_value, self.seqlens_k, self.total_length),

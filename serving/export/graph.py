@@ -6,23 +6,22 @@ longest row's length after the step; keep [R], which of the T positions get logi
 to the memory of their inputs.
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
+from serving.export.fuse import fuse
+from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.source import Source
+from serving.export.trace import give_weights, trace
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
-OPSET = 21
 
 
 class Step(torch.nn.Module):
@@ -32,6 +31,7 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model = model
         self.attention = attention
+        self.traced: list[int] = []  # the layers that run, and whose past comes in
 
     def forward(
         self,
@@ -43,7 +43,8 @@ class Step(torch.nn.Module):
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """Return logits, then keys and values of each layer."""
-        self.attention.past, self.attention.present = past, {}
+        pairs = zip(past[::2], past[1::2], strict=True)
+        self.attention.past, self.attention.present = dict(zip(self.traced, pairs, strict=True)), {}
         self.attention.seqlens_k, self.attention.total_length = seqlens_k, total_length
         output = self.model(
             input_ids=input_ids,
@@ -52,13 +53,13 @@ class Step(torch.nn.Module):
             use_cache=True,
             logits_to_keep=keep,
         )
-        present = [self.attention.present[layer] for layer in range(len(past) // 2)]
+        present = [self.attention.present[layer] for layer in self.traced]
         return (output.logits, *(tensor for pair in present for tensor in pair))
 
 
-def cache_names(num_layers: int) -> list[str]:
+def cache_names(layers: Iterable[int]) -> list[str]:
     """Return the names of the cache's tensors, without `past_` or `present_`."""
-    return [f"{kind}.{layer}" for layer in range(num_layers) for kind in ("keys", "values")]
+    return [f"{kind}.{layer}" for layer in layers for kind in ("keys", "values")]
 
 
 def write_graph(model: PreTrainedModel, source: Source, options: Options, path: Path) -> tuple[list[str], list[str]]:
@@ -68,38 +69,40 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     attention = InPlaceAttention()
     model.set_attn_implementation(attention.register())
-    names = cache_names(len(source.layers))
-    inputs, dynamic_shapes = _example(source)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            Step(model, attention),
-            kwargs=inputs,
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=OPSET,
-            input_names=[*STEP_INPUTS, *(f"past_{name}" for name in names)],
-            output_names=["logits", *(f"present_{name}" for name in names)],
-            verbose=False,
-        )
-        program.model.opset_imports["com.microsoft"] = 1
-        forget_source_lines(program)
-        program.save(path, external_data=True)
-    graph = program.model.graph
-    return [each.name for each in graph.inputs], [each.name for each in graph.outputs]
+    step = Step(model, attention)
+    layers = find_layers(step, len(source.layers), source.layers)
+    try:
+        if layers is None:
+            raise CannotRepeat("the layers are not one list")
+        with one_of_each_kind(step, layers):
+            graph = _traced(step, source, layers.traced, layers)
+    except CannotRepeat:
+        graph = _traced(step, source, list(range(len(source.layers))), None)
+    give_weights(graph, step)
+    fuse(graph, source.config.max_position_embeddings)
+    ir.save(graph, path, external_data=f"{path.name}.data")
+    return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 
 
-def forget_source_lines(program: torch.onnx.ONNXProgram) -> None:
-    """Take the tracer's stack traces out of the graph: they name folders of the machine that exports, and its user."""
-    for node in program.model.graph.all_nodes():
-        for each in (node, *node.outputs):
-            each.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+def _traced(step: Step, source: Source, traced: list[int], layers: Layers | None) -> ir.Model:
+    names = cache_names(traced)
+    inputs, dynamic_shapes = _example(source, len(traced))
+    step.traced = traced
+    return trace(
+        step,
+        inputs,
+        dynamic_shapes,
+        input_names=[*STEP_INPUTS, *(f"past_{name}" for name in names)],
+        output_names=["logits", *(f"present_{name}" for name in names)],
+        layers=layers,
+    )
 
 
-def _example(source: Source) -> tuple[dict, dict]:
+def _example(source: Source, num_layers: int) -> tuple[dict, dict]:
     """Return inputs to trace with, and which of their sizes may change."""
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
     kv = source.layers[0]
-    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * len(source.layers))]
+    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * num_layers)]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),
@@ -118,19 +121,3 @@ def _example(source: Source) -> tuple[dict, dict]:
         "past": [{0: dims["batch"], 2: dims["length"]} for _ in past],
     }
     return inputs, dynamic_shapes
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings, log lines and progress bars; errors still raise."""
-    level, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
-    logging.disable(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -13,17 +13,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
-from serving.export.graph import OPSET, forget_source_lines, quiet
+from serving.export.fuse import fuse
 from serving.export.heads import HEADS, Inputs
+from serving.export.layers import CannotRepeat, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.pooling import Pooling
 from serving.export.questions import questions
 from serving.export.reference import check_finite, save_reference, text_cases
 from serving.export.source import Source
+from serving.export.trace import give_weights, trace
 
 
 class Rows(torch.nn.Module):
@@ -81,30 +84,34 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
-    names = input_names(model, source.load_tokenizer(), source)
-    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
-    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
     try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                Rows(model, source.task, source.pooling),
-                kwargs=_example(names),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=["embeddings" if source.task == "embedding" else "logits"],
-                verbose=False,
-            )
+        graph = _traced(Rows(model, source.task, source.pooling), source)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
             f"{source.folder}: {source.architecture} cannot be traced into a graph ({_first_line(error)}); "
             "choose another architecture"
         ) from error
-    forget_source_lines(program)
-    program.save(path, external_data=True)
-    graph = program.model.graph
-    return [each.name for each in graph.inputs], [each.name for each in graph.outputs]
+    fuse(graph, source.config.max_position_embeddings)
+    ir.save(graph, path, external_data=f"{path.name}.data")
+    return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
+
+
+def _traced(rows: Rows, source: Source) -> ir.Model:
+    """Return the graph with its weights, each kind of layer traced once where the layers are one list."""
+    names = input_names(rows.model, source.load_tokenizer(), source)
+    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
+    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
+    outputs = ["embeddings" if source.task == "embedding" else "logits"]
+    layers = find_layers(rows, source.config.num_hidden_layers)
+    try:
+        if layers is None:
+            raise CannotRepeat("the layers are not one list")
+        with one_of_each_kind(rows, layers):
+            graph = trace(rows, _example(names), shapes, input_names=names, output_names=outputs, layers=layers)
+    except Exception:  # the repeating is a short cut: what it cannot do, the whole does, or says why not
+        graph = trace(rows, _example(names), shapes, input_names=names, output_names=outputs)
+    give_weights(graph, rows)
+    return graph
 
 
 def write_settings(

@@ -234,6 +234,12 @@ def save_model():
 
 
 @pytest.fixture(scope="session")
+def save_with_tokenizer():
+    """The function that gives a model random weights and saves it with a small tokenizer."""
+    return lambda folder, model: _save(folder, model, seed=0)
+
+
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Callable[[str], Path]:
     """Return a function from a kind of model to its directory, to be read only."""
     folders: dict[str, Path] = {}

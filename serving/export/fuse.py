@@ -1,0 +1,22 @@
+"""The passes that make a traced graph as short as its provider's operators allow, in the order that they need."""
+
+import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
+
+from serving.export.fuse_activations import biased_gelus, silus, tanh_gelus
+from serving.export.fuse_attention import packed_attention, rotaries
+from serving.export.fuse_linear import gather_last, pack_alike, plain_matmuls, straighten
+from serving.export.fuse_norms import residual_norms, rms_norms
+from serving.export.patterns import sweep
+
+
+def fuse(model: ir.Model, context_length: int) -> None:
+    """Rewrite the graph in place. It computes the same but for rounding: the proof of the export shows whether."""
+    for tidy in (plain_matmuls, straighten, gather_last, rms_norms, tanh_gelus, silus):
+        tidy(model)
+    sweep(model)
+    rotaries(model, context_length)
+    sweep(model)
+    for combine in (straighten, packed_attention, sweep, pack_alike, biased_gelus, residual_norms, sweep):
+        combine(model)
+    TopologicalSortPass()(model)

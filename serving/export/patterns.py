@@ -1,0 +1,135 @@
+"""Looking at a graph and changing it: who made a value, what is constant, and one node in the place of several."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+MICROSOFT = "com.microsoft"
+
+
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """Return the node that made `value` if it is of one of these types."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types else None
+
+
+def only_user(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """Return the one node that reads `value` if it is the only one and of one of these types."""
+    users = list(value.consumers())
+    alone = len(users) == 1 and not value.is_graph_output() and users[0].op_type in op_types
+    return users[0] if alone else None
+
+
+def operands(node: ir.Node | None, found: Callable[[ir.Value], Any]) -> tuple[Any, ir.Value] | None:
+    """Return what `found` finds of one operand of a node of two, and the other operand; None if it finds nothing."""
+    if node is None or len(node.inputs) != 2:
+        return None
+    first, second = node.inputs
+    assert first is not None
+    assert second is not None
+    for one, other in ((first, second), (second, first)):
+        if (seen := found(one)) is not None and seen is not False:
+            return seen, other
+    return None
+
+
+def numbers(value: ir.Value | None) -> np.ndarray | None:
+    """Return a small constant, None where `value` is none."""
+    tensor = value.const_value if value is not None else None
+    return tensor.numpy() if tensor is not None and tensor.size <= 16 else None
+
+
+def number(value: ir.Value | None) -> float | None:
+    """Return a constant of one element."""
+    found = numbers(value)
+    return float(found.reshape(-1)[0]) if found is not None and found.size == 1 else None
+
+
+def is_number(wanted: float) -> Callable[[ir.Value], bool]:
+    """Return a function that tells whether a value is that constant."""
+    return lambda value: (found := number(value)) is not None and bool(np.isclose(found, wanted, rtol=1e-4))
+
+
+def ints(node: ir.Node, name: str) -> list[int]:
+    """Return an attribute that is a list of integers, empty where there is none."""
+    return list(node.attributes[name].as_ints()) if name in node.attributes else []
+
+
+def is_weight(value: ir.Value | None, rank: int | None = None) -> bool:
+    """Return whether the value is an initializer (of that rank)."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return False
+    return rank is None or len(value.const_value.shape) == rank
+
+
+def same_shape(one: ir.Value, other: ir.Value) -> bool:
+    """Return whether two values are known to have the same shape."""
+    return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)
+
+
+def put(
+    graph: ir.Graph,
+    old: ir.Value,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    domain: str = "",
+    num_outputs: int = 1,
+    **attributes: Any,
+) -> ir.Node:
+    """Put a new node before the maker of `old`, whose first output takes the place of `old` everywhere; return it."""
+    maker = old.producer()
+    assert maker is not None
+    node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=num_outputs)
+    new = node.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    graph.insert_before(maker, node)
+    take_over(old, new)
+    return node
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Give the users of `old` to `new`, and its name where it is an output of the graph."""
+    if old.is_graph_output():
+        name, old.name = old.name, None
+        new.name = name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def new_weight(
+    graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int], compute: Callable[[], np.ndarray]
+) -> ir.Value:
+    """Return an initializer of the type of `like`, computed when it is written and not kept."""
+    assert like.const_value is not None
+    if name in graph.initializers:
+        return graph.initializers[name]
+    dtype = like.const_value.dtype
+
+    def tensor() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype)
+
+    lazy = ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy)
+    graph.initializers[name] = value
+    return value
+
+
+def weight_of(value: ir.Value) -> np.ndarray:
+    """Return the values of an initializer."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def nodes_of(graph: ir.Graph, *op_types: str) -> Iterator[ir.Node]:
+    """Yield the nodes of these types that are in the graph now, and are still there when their turn comes."""
+    for node in [node for node in graph if node.op_type in op_types]:
+        if node.graph is graph:
+            yield node
+
+
+def sweep(model: ir.Model) -> None:
+    """Remove what nobody reads: nodes, and initializers."""
+    RemoveUnusedNodesPass()(model)

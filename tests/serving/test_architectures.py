@@ -1,0 +1,124 @@
+"""Every decoder of the support table exports by the same code, alike layers traced once, proven; or is refused."""
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from serving.export import ExportError, export_model
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+}
+PHI = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}  # half of each head of 64 is rotated
+SLIDING = {"sliding_window": 16}  # shorter than the prompts of the proof
+GPT2 = {"vocab_size": 320, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
+
+# Config class, settings beside SIZES, and the kinds of layers: how many layers are traced.
+DECODERS = {
+    "gpt2": ("GPT2Config", GPT2, 1),
+    "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}, 1),
+    "llama": ("LlamaConfig", {}, 1),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 2, **SLIDING}, 2),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}, 1),
+    "mistral": ("MistralConfig", SLIDING, 1),
+    "gpt_neox": ("GPTNeoXConfig", {"hidden_size": 128, "num_attention_heads": 2}, 1),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, **SLIDING}, 2),
+    "phi": ("PhiConfig", PHI, 1),
+    "smollm3": ("SmolLM3Config", {}, 2),  # every fourth layer has no rotation
+}
+
+
+def save_decoder(folder: Path, save, name: str) -> Path:
+    import transformers
+
+    kind, settings, _ = DECODERS[name]
+    sizes = {} if name == "gpt2" else SIZES
+    config = getattr(transformers, kind)(
+        **{**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings}
+    )
+    return save(folder, transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Which layers were traced, for each model that was exported."""
+    from serving.export import graph
+
+    found: dict[str, list[int]] = {}
+    real = graph._traced
+
+    def watched(step, source, layers, *rest):
+        found[source.config.model_type] = layers
+        return real(step, source, layers, *rest)
+
+    graph._traced = watched
+    yield found
+    graph._traced = real
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, save_with_tokenizer, traced):
+    """Return a function that exports a decoder once, and returns the record of its proof and the nodes of its graph."""
+    import onnx
+
+    done: dict[str, tuple[dict, collections.Counter]] = {}
+
+    def of(name: str) -> tuple[dict, collections.Counter]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            record = export_model(save_decoder(folder / "model", save_with_tokenizer, name), folder / "onnx")
+            graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph
+            done[name] = record, collections.Counter(node.op_type for node in graph.node)
+        return done[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_is_exported_and_proven(exported, traced, name):
+    record, _ = exported(name)
+    assert record["passed"]
+    assert record["checks"]["tokens_in_a_crowd"]["tokens"] == 7 * 24
+    assert len(traced[name]) == DECODERS[name][2], "layers that are alike are traced once"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "smollm3"])
+def test_a_layer_is_two_norms_one_attention_and_four_products(exported, name):
+    _, nodes = exported(name)
+    assert nodes["MatMul"] == 4 * 4 + 1, "queries, keys and values are one product, gate and up another"
+    assert nodes["GroupQueryAttention"] == 4
+    assert nodes["SkipSimplifiedLayerNormalization"] == 2 * 4
+    assert nodes["SimplifiedLayerNormalization"] == 1
+    assert not {"Cos", "Sin", "Neg", "Concat", "RotaryEmbedding", "Sigmoid", "Pow", "Reshape"} & nodes.keys()
+
+
+def test_a_gpt_2_layer_has_its_residuals_in_its_norms_and_its_bias_in_its_gelu(exported):
+    _, nodes = exported("gpt2")
+    assert (nodes["MatMul"], nodes["SkipLayerNormalization"], nodes["FastGelu"]) == (4 * 4 + 1, 2 * 4 + 1, 4)
+    assert not {"Gemm", "Tanh", "Pow", "LayerNormalization", "Reshape"} & nodes.keys()
+
+
+@pytest.mark.parametrize("name", ["phi", "qwen3", "gemma2"])
+def test_heads_that_are_rotated_in_part_or_normed_first_are_rotated_inside_attention(exported, name):
+    _, nodes = exported(name)
+    assert not {"Cos", "Sin", "Neg", "RotaryEmbedding"} & nodes.keys()
+
+
+@pytest.mark.parametrize("name", ["stablelm", "falcon", "gptj"])
+def test_a_decoder_with_attention_of_its_own_is_refused_by_name(tmp_path, save_with_tokenizer, name):
+    import transformers
+
+    kind = {"stablelm": "StableLmConfig", "falcon": "FalconConfig", "gptj": "GPTJConfig"}[name]
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 256, "vocab_size": 320}
+    config = getattr(transformers, kind)(**(sizes if name == "gptj" else SIZES | {"num_hidden_layers": 2}))
+    model = save_with_tokenizer(tmp_path / "model", transformers.AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(ExportError, match=r"ForCausalLM cannot be exported: it does not put every layer"):
+        export_model(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
