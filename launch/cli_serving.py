@@ -19,6 +19,9 @@ Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else i
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR|RUN|SWEEP", help="What to export.")],
     onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the graph's nodes, who runs each, what is in pieces.")
+    ] = False,
 ) -> None:
     """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
     refuse_wheel_clash()
@@ -26,7 +29,7 @@ def export(
     from launch.export import export
 
     with naming(onnx_dir):
-        raise typer.Exit(export(model, onnx_dir))
+        raise typer.Exit(export(model, onnx_dir, explain=explain))
 
 
 @app.command()

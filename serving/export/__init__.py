@@ -16,11 +16,14 @@ from serving.export.heads import HEADS
 from serving.export.options import Options
 from serving.export.source import Source, check_vocabulary, find_model, open_source
 from serving.export.trace import quiet
+from serving.proof_process import prove_apart
 from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
 __all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
+
+LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
 # Each has write_reference, write_graph and write_settings.
 EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, **dict.fromkeys(HEADS, rows)}
@@ -63,13 +66,21 @@ def export_model(
             fields = exporter.write_settings(model, tokenizer, opened, folder)
         manifest = {**_manifest(opened, options, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
         seal(folder, "onnx", **manifest)
-        record = prove(folder, "cpu", progress=report)
+        del model
+        record = _proof(folder, report)
         append_verification(folder, record)
         if not record["passed"]:
             raise VerificationFailed(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
     return record
+
+
+def _proof(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Return the record of the proof, which for a large model has a process of its own."""
+    if sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) < LARGE_BYTES:
+        return prove(folder, "cpu", progress=report)
+    return prove_apart(folder, "cpu", progress=report)
 
 
 def _check_target(onnx_dir: Path, model_dir: Path) -> None:

@@ -33,7 +33,7 @@ def plain_matmuls(model: ir.Model) -> None:
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     rows, columns = weight.const_value.shape.numpy()
-    return new_weight(graph, f"{weight.name}.T", weight, (columns, rows), lambda: weight_of(weight).T)
+    return new_weight(graph, f"{weight.name}.T", weight, (columns, rows), lambda some: weight_of(weight)[:, some].T)
 
 
 def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
@@ -93,13 +93,19 @@ def packed(graph: ir.Graph, values: list[ir.Value], before: ir.Node) -> ir.Value
         return None
     names = "+".join(_short(weight.name, weights[0].name) for weight in weights)
     rows, columns = weights[0].const_value.shape[0], [weight.const_value.shape[1] for weight in weights]
-    shape = (rows, sum(columns))
-    weight = new_weight(graph, names, weights[0], shape, lambda: np.concatenate([*map(weight_of, weights)], axis=1))
+
+    def side_by_side(some: slice) -> np.ndarray:
+        return np.concatenate([weight_of(weight, some) for weight in weights], axis=1)
+
+    weight = new_weight(graph, names, weights[0], (rows, sum(columns)), side_by_side)
     nodes = [ir.node("MatMul", [inputs[0], weight])]
     if biases[0] is not None:
         names = "+".join(_short(bias.name, biases[0].name) for bias in biases)
-        whole = (sum(columns),)
-        bias = new_weight(graph, names, biases[0], whole, lambda: np.concatenate([*map(weight_of, biases)]))
+
+        def one_after_another(some: slice) -> np.ndarray:
+            return np.concatenate([*map(weight_of, biases)])[some]
+
+        bias = new_weight(graph, names, biases[0], (sum(columns),), one_after_another)
         nodes.append(ir.node("Add", [nodes[0].outputs[0], bias]))
     for node in nodes:
         node.outputs[0].type = values[0].type

@@ -82,8 +82,9 @@ def _scale(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
         return None
     shape = weight.const_value.shape.numpy()
 
-    def one_more() -> np.ndarray:
-        return (1 + weight_of(weight).astype(np.float32)).astype(weight_of(weight).dtype)
+    def one_more(some: slice) -> np.ndarray:
+        values = weight_of(weight, some)
+        return (1 + values.astype(np.float32)).astype(values.dtype)
 
     return new_weight(graph, f"1+{weight.name}", weight, shape, one_more)
 

@@ -6,7 +6,7 @@ longest row's length after the step; keep [R], which of the T positions get logi
 to the memory of their inputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
 from serving.export.fuse import fuse
-from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.source import Source
-from serving.export.trace import give_weights, trace
+from serving.export.trace import Example, graph_of
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
 
@@ -31,7 +30,7 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model = model
         self.attention = attention
-        self.traced: list[int] = []  # the layers that run, and whose past comes in
+        self.traced: Sequence[int] = ()  # the layers that run, and whose past comes in
 
     def forward(
         self,
@@ -57,7 +56,7 @@ class Step(torch.nn.Module):
         return (output.logits, *(tensor for pair in present for tensor in pair))
 
 
-def cache_names(layers: Iterable[int]) -> list[str]:
+def cache_names(layers: Sequence[int]) -> list[str]:
     """Return the names of the cache's tensors, without `past_` or `present_`."""
     return [f"{kind}.{layer}" for layer in layers for kind in ("keys", "values")]
 
@@ -70,39 +69,18 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     attention = InPlaceAttention()
     model.set_attn_implementation(attention.register())
     step = Step(model, attention)
-    layers = find_layers(step, len(source.layers), source.layers)
-    try:
-        if layers is None:
-            raise CannotRepeat("the layers are not one list")
-        with one_of_each_kind(step, layers):
-            graph = _traced(step, source, layers.traced, layers)
-    except CannotRepeat:
-        graph = _traced(step, source, list(range(len(source.layers))), None)
-    give_weights(graph, step)
+    graph = graph_of(step, len(source.layers), lambda layers: _example(step, source, layers), asks=source.layers)
     fuse(graph, source.config.max_position_embeddings)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 
 
-def _traced(step: Step, source: Source, traced: list[int], layers: Layers | None) -> ir.Model:
-    names = cache_names(traced)
-    inputs, dynamic_shapes = _example(source, len(traced))
-    step.traced = traced
-    return trace(
-        step,
-        inputs,
-        dynamic_shapes,
-        input_names=[*STEP_INPUTS, *(f"past_{name}" for name in names)],
-        output_names=["logits", *(f"present_{name}" for name in names)],
-        layers=layers,
-    )
-
-
-def _example(source: Source, num_layers: int) -> tuple[dict, dict]:
-    """Return inputs to trace with, and which of their sizes may change."""
+def _example(step: Step, source: Source, layers: Sequence[int]) -> Example:
+    """Return what `step` is traced with where these layers run."""
+    step.traced = layers
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
     kv = source.layers[0]
-    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * num_layers)]
+    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * len(layers))]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),
@@ -120,4 +98,10 @@ def _example(source: Source, num_layers: int) -> tuple[dict, dict]:
         "keep": {0: dims["kept"]},
         "past": [{0: dims["batch"], 2: dims["length"]} for _ in past],
     }
-    return inputs, dynamic_shapes
+    names = cache_names(layers)
+    return Example(
+        inputs,
+        dynamic_shapes,
+        [*STEP_INPUTS, *(f"past_{name}" for name in names)],
+        ["logits", *(f"present_{name}" for name in names)],
+    )

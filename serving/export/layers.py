@@ -148,8 +148,8 @@ def _mark(hidden: torch.Tensor, which: str, number: int) -> torch.Tensor:
     )
 
 
-def repeat(model: ir.Model, layers: Layers) -> None:
-    """Put every layer of `layers` where the traced ones are, in the order of the model.
+def repeat(model: ir.Model, layers: Layers) -> ir.Model:
+    """Put every layer of `layers` where the traced ones are, in the order of the model, and return it.
 
     Inputs and outputs of other layers are added after the traced ones', weights as inputs too. Raises CannotRepeat,
     with the graph as it was.
@@ -176,6 +176,7 @@ def repeat(model: ir.Model, layers: Layers) -> None:
     graph.remove(rest, safe=False)  # to come back around the copies
     before = [node for node in rest if node not in after]
     graph.extend([*before, *copies, *(node for node in rest if node in after)])
+    return model
 
 
 @dataclass(frozen=True)
@@ -189,18 +190,28 @@ class _Body:
 
     @classmethod
     def find(cls, graph: ir.Graph, layers: Layers, number: int) -> "_Body":
-        marks = {
-            node.op_type: node
-            for node in graph
-            if node.domain == _DOMAIN and node.attributes["layer"].as_int() == number
-        }
-        if marks.keys() != {_BEGIN, _END}:
+        marks = [node for node in graph if node.domain == _DOMAIN and node.attributes["layer"].as_int() == number]
+        if [node.op_type for node in marks] != [_BEGIN, _END]:
             raise CannotRepeat(f"layer {number} is not run once")
-        begin, end = marks[_BEGIN], marks[_END]
+        begin, end = marks
         weights = [value for value in graph.inputs if (value.name or "").startswith(layers.weights(number))]
-        weights += [value for name, value in graph.initializers.items() if name.startswith(layers.weights(number))]
         reached = _reached([begin.outputs[0], *weights], stop=lambda node: node is end)
-        return cls(number, begin, end, [node for node in graph if node in reached])
+        cache = [value for value in graph.outputs if layers.renamed(value.name or "", number, -1) != value.name]
+        needed = _needed([*end.inputs, *cache])
+        return cls(number, begin, end, [node for node in graph if node in reached and node in needed])
+
+
+def _needed(values: Sequence[ir.Value | None]) -> set[ir.Node]:
+    """Return the nodes that these values depend on."""
+    found: set[ir.Node] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += node.inputs
+    return found
 
 
 def _reached(values: Sequence[ir.Value], stop: Callable[[ir.Node], bool]) -> set[ir.Node]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 MICROSOFT = "com.microsoft"
+_WRITTEN_BYTES = 16 << 20
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -99,28 +100,43 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+class _ByRows(ir.LazyTensor):
+    """A weight that is computed some rows at a time when it is written, so that it is never in memory whole."""
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: ir.Shape, compute: Callable[[slice], np.ndarray]) -> None:
+        super().__init__(lambda: ir.Tensor(self.rows(slice(None)), dtype=dtype), dtype, shape, name=name)
+        self._compute = compute
+
+    def tofile(self, file: Any) -> None:
+        """Write the values to an open file."""
+        num_rows = self.shape.numpy()[0]
+        step = max(1, num_rows * _WRITTEN_BYTES // max(1, self.nbytes))
+        for start in range(0, num_rows, step):
+            file.write(self.rows(slice(start, start + step)).tobytes())
+
+    def rows(self, rows: slice) -> np.ndarray:
+        """Return some rows."""
+        return np.ascontiguousarray(self._compute(rows))
+
+
 def new_weight(
-    graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int], compute: Callable[[], np.ndarray]
+    graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int], compute: Callable[[slice], np.ndarray]
 ) -> ir.Value:
-    """Return an initializer of the type of `like`, computed when it is written and not kept."""
+    """Return an initializer of the type of `like`, of which `compute` returns rows when it is written."""
     assert like.const_value is not None
     if name in graph.initializers:
         return graph.initializers[name]
-    dtype = like.const_value.dtype
-
-    def tensor() -> ir.Tensor:
-        return ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype)
-
-    lazy = ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=lazy)
+    lazy = _ByRows(name, like.const_value.dtype, ir.Shape(shape), compute)
+    value = ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(lazy.dtype), const_value=lazy)
     graph.initializers[name] = value
     return value
 
 
-def weight_of(value: ir.Value) -> np.ndarray:
-    """Return the values of an initializer."""
-    assert value.const_value is not None
-    return value.const_value.numpy()
+def weight_of(value: ir.Value, rows: slice = slice(None)) -> np.ndarray:
+    """Return the values of an initializer, or some rows of them."""
+    tensor = value.const_value
+    assert tensor is not None
+    return tensor.rows(rows) if isinstance(tensor, _ByRows) else tensor.numpy()[rows]
 
 
 def nodes_of(graph: ir.Graph, *op_types: str) -> Iterator[ir.Node]:

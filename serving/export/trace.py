@@ -3,54 +3,83 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from transformers.utils import logging as transformers_logging
 
-from serving.export.layers import Layers, repeat
+from serving.export.attention import ExportError
+from serving.export.layers import CannotRepeat, find_layers, one_of_each_kind, repeat
 
 OPSET = 21
 
 
-def trace(
-    module: torch.nn.Module,
-    inputs: dict[str, Any],
-    dynamic_shapes: dict[str, Any],
-    *,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    layers: Layers | None = None,
-    opset: int = OPSET,
-) -> ir.Model:
-    """Return the graph of `module`. `layers`: those that stand for others, which are marked; see layers.repeat.
+class Example(NamedTuple):
+    """What a module is traced with: inputs, which of their sizes may change, and the graph's names for it all."""
 
-    The weights are not copied: the graph holds the module's own memory until it is saved.
+    inputs: dict[str, Any]
+    dynamic_shapes: dict[str, Any]
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+
+
+def graph_of(
+    module: torch.nn.Module, num_layers: int, example: Callable[[Sequence[int]], Example], *, asks: Sequence[Any] = ()
+) -> ir.Model:
+    """Return the graph of `module` with its weights, which are the module's own memory until the graph is saved.
+
+    `example` is given the numbers of the layers that run: those that stand for all, or all of them where the module
+    does not keep its layers in one list. `asks` is for layers.find_layers. Raises ExportError where the module's own
+    code cannot be traced.
     """
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            kwargs=inputs,
-            dynamo=True,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=opset,
-            input_names=input_names,
-            output_names=output_names,
-            optimize=False,
-            verbose=False,
-        )
-        assert program is not None
-        forget_source_lines(program.model)
-        _hide_weights(program.model, module)
-        program.optimize()
-    model = program.model
-    model.opset_imports["com.microsoft"] = 1
+    layers = find_layers(module, num_layers, asks)
+    model = None
     if layers is not None:
-        repeat(model, layers)
+        with suppress(CannotRepeat), one_of_each_kind(module, layers):
+            model = repeat(trace(module, example(layers.traced)), layers)
+    if model is None:
+        model = trace(module, example(range(num_layers)))
+    give_weights(model, module)
     return model
+
+
+def trace(module: torch.nn.Module, example: Example, *, opset: int = OPSET) -> ir.Model:
+    """Return the graph of `module`, tidied, whose weights are inputs of it after those named: see `give_weights`."""
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                kwargs=example.inputs,
+                dynamo=True,
+                dynamic_shapes=example.dynamic_shapes,
+                opset_version=opset,
+                input_names=example.input_names,
+                output_names=example.output_names,
+                optimize=False,
+                verbose=False,
+            )
+            assert program is not None
+            forget_source_lines(program.model)
+            _hide_weights(program.model, module)
+            program.optimize()
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(f"{_name(module)} cannot be traced into a graph ({_reason(error)})") from error
+    program.model.opset_imports["com.microsoft"] = 1
+    return program.model
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(getattr(module, "model", module)).__name__
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what the tracer stumbled over."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0][:200]}"
 
 
 def give_weights(model: ir.Model, module: torch.nn.Module) -> None:

@@ -52,15 +52,15 @@ def traced():
     from serving.export import graph
 
     found: dict[str, list[int]] = {}
-    real = graph._traced
+    real = graph._example
 
-    def watched(step, source, layers, *rest):
+    def watched(step, source, layers):
         found[source.config.model_type] = layers
-        return real(step, source, layers, *rest)
+        return real(step, source, layers)
 
-    graph._traced = watched
+    graph._example = watched
     yield found
-    graph._traced = real
+    graph._example = real
 
 
 @pytest.fixture(scope="module")

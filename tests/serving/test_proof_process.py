@@ -1,0 +1,74 @@
+"""The proof in a process of its own says and refuses what the proof in this one does."""
+
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from serving import proof_process
+from serving.directory import BadInput
+from serving.export import VerificationFailed, export_model
+from serving.proof_process import prove_apart
+from serving.verify import prove
+
+
+def test_the_record_and_the_stages_are_those_of_a_proof_in_this_process(onnx_dir):
+    stages, stages_apart = [], []
+    here, apart = prove(onnx_dir, progress=stages.append), prove_apart(onnx_dir, "cpu", progress=stages_apart.append)
+    assert apart["checks"] == here["checks"]
+    assert (apart["passed"], apart["identity"], apart["onnxruntime"]) == (True, here["identity"], here["onnxruntime"])
+    assert stages_apart == stages
+
+
+def test_what_the_proof_refuses_is_refused_here(onnx_copy):
+    with (onnx_copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BadInput, match=r"model\.onnx: altered since it was written"):
+        prove_apart(onnx_copy, "cpu", progress=print)
+
+
+def test_a_proof_that_is_killed_is_told_and_publishes_nothing(model_dir, tmp_path, monkeypatch):
+    from serving import export
+
+    class Killed(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.send_signal(signal.SIGKILL)
+
+    monkeypatch.setattr(proof_process.subprocess, "Popen", Killed)
+    monkeypatch.setattr(export, "LARGE_BYTES", 0)
+    with pytest.raises(RuntimeError, match="ended with -9; is there too little memory"):
+        export_model(model_dir("gpt2"), tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_model_is_proven_apart_and_published_or_not(model_dir, onnx_dir, tmp_path, monkeypatch):
+    from serving import export
+    from serving.export import decoder
+
+    monkeypatch.setattr(export, "LARGE_BYTES", 0)
+    monkeypatch.setattr(export, "prove", None)
+    assert export_model(model_dir("llama"), tmp_path / "onnx")["passed"]
+
+    def another_graph(model, source, options, path):
+        names = write_graph(model, source, options, path)
+        shutil.copyfile(onnx_dir / "model.onnx.data", path.with_name("model.onnx.data"))
+        return names
+
+    write_graph = decoder.write_graph
+    model = shutil.copytree(model_dir("llama"), tmp_path / "model")
+    monkeypatch.setattr(decoder, "write_graph", another_graph)
+    spoil(model)
+    with pytest.raises(VerificationFailed, match="nothing was published: logits_one_by_one"):
+        export_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def spoil(model) -> None:
+    """Make the model another than the one whose weights lie in the shared ONNX directory."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
