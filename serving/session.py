@@ -117,6 +117,10 @@ class Session:
         """Run once; when this returns, the bound logits and cache rows hold the result."""
         self._session.run_with_iobinding(binding)
 
+    def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run once over memory of its own; return the outputs in the graph's order, in its number format."""
+        return self._session.run(None, dict(feeds))
+
 
 def node_providers(folder: Path, provider: str) -> Counter[tuple[str, str]]:
     """Return how many nodes of each type each provider runs, after onnxruntime's own changes to the folder's graph.
