@@ -11,29 +11,64 @@ from pathlib import Path
 
 import numpy as np
 
+from serving import verify_rows
 from serving.checks import LOGIT_TOLERANCE, Check, check_text, graded, max_abs_diff
 from serving.engine import Engine
 from serving.manifest import Manifest
-from serving.quality import HeldOut, check_perplexity
+from serving.quality import HeldOut, check_quality
 from serving.request import Request, Sampling
 from serving.session import Session
+from serving.tasks import TASKS, Row, run_rows
+from serving.text import Text
 from serving.verify_decoder import CROWD_SLOTS, Reference
 
 NUM_NEW_TOKENS = 16
+NUM_BATCHES, BATCH_ROWS = 4, 8  # of texts that are read whole
 
 Said = dict[tuple[int, int], tuple[list[int], np.ndarray]]
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
-    """Run all checks of a quantised decoder, calling `report` at the start of each stage; return them by name."""
-    reference = Reference.load(folder)
+    """Run all checks of a quantised model, calling `report` at the start of each stage; return them by name."""
     report("verifying text")
-    checks = {"text": check_text(folder, reference.cases)}
+    checks = (_text_of_decoder if manifest["task"] == "causal_lm" else _text_of_rows)(folder, manifest, session)
     report("verifying quality")
-    checks["quality"] = check_perplexity(session, manifest, HeldOut.load(folder))
+    held_out = HeldOut.load(folder)
+    checks["quality"] = check_quality(session, manifest, held_out)
     report("verifying rows alone and in a crowd")
-    checks["alone_and_in_a_crowd"] = check_crowd(session, manifest, reference.prompts)
+    if manifest["task"] == "causal_lm":
+        checks["alone_and_in_a_crowd"] = check_crowd(session, manifest, Reference.load(folder).prompts)
+    else:
+        checks["alone_and_in_a_batch"] = check_batch(session, manifest, held_out.rows)
     return checks
+
+
+def _text_of_decoder(folder: Path, manifest: Manifest, session: Session) -> dict[str, Check]:
+    return {"text": check_text(folder, Reference.load(folder).cases)}
+
+
+def _text_of_rows(folder: Path, manifest: Manifest, session: Session) -> dict[str, Check]:
+    reference = verify_rows.Reference.load(folder)
+    task = TASKS[manifest["task"]](manifest, session, Text.open(folder))
+    return {"text": check_text(folder, reference.cases), "rows": verify_rows.check_rows(task, reference)}
+
+
+def check_batch(session: Session, manifest: Manifest, rows: list[Row]) -> Check:
+    """Compare what the graph says of texts alone, and in batches with others that are cut to their length."""
+    differences, sizes, count = [], [], 0
+    for length in sorted({len(row.ids) for row in rows})[:: max(1, len(rows) // NUM_BATCHES)][:NUM_BATCHES]:
+        batch = [_cut(row, length) for row in rows if len(row.ids) >= length][:BATCH_ROWS]
+        alone = [run_rows(session, manifest, [row])[0] for row in batch]
+        for mine, among_others in zip(alone, run_rows(session, manifest, batch), strict=True):
+            if mine.size:  # no mask may be left of a text that was cut
+                differences.append(max_abs_diff(among_others, mine))
+                sizes.append(float(np.abs(mine).max()))
+        count += len(batch)
+    return graded(max(differences), LOGIT_TOLERANCE * max(sizes), rows=count)
+
+
+def _cut(row: Row, length: int) -> Row:
+    return Row(row.ids[:length], row.truncated, row.types[:length] if row.types is not None else None)
 
 
 def check_crowd(session: Session, manifest: Manifest, prompts: list[list[int]]) -> Check:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import REFERENCE
 from serving.export.attention import ExportError
+from serving.export.held_out_texts import answers
 from serving.export.reference import save_reference
 from serving.export.source import Source
 from serving.quality import PREFIX, Tensors, log_likelihoods
@@ -38,14 +39,17 @@ def add_held_out(
 
     Raises ExportError where there is too little of it.
     """
-    ids = _pieces(tokenizer, source, held_out)
-    found = [_predictions(model, row) for row in ids]
-    tensors = {
-        "ids": np.concatenate([np.array(row, np.int32) for row in ids]),
-        "lengths": np.array([len(row) for row in ids], np.int32),
-        "log_likelihoods": np.concatenate([each for each, _ in found]).astype(np.float32),
-        "top": np.concatenate([top for _, top in found]).astype(np.int32),
-    }
+    if source.task == "causal_lm":
+        ids = _pieces(tokenizer, source, held_out)
+        found = [_predictions(model, row) for row in ids]
+        tensors = {
+            "log_likelihoods": np.concatenate([each for each, _ in found]).astype(np.float32),
+            "top": np.concatenate([top for _, top in found]).astype(np.int32),
+        }
+    else:
+        ids, tensors = answers(model, tokenizer, source, held_out.rows, held_out.origin)
+    tensors["ids"] = np.concatenate([np.array(row, np.int32) for row in ids])
+    tensors["lengths"] = np.array([len(row) for row in ids], np.int32)
     _add(folder, tensors, held_out.origin)
 
 
@@ -89,4 +93,4 @@ def _ids(tokenizer: PreTrainedTokenizerBase, held_out: HeldOutRows) -> Iterator[
 def _predictions(model: PreTrainedModel, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
         logits_TV = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-    return log_likelihoods(logits_TV, ids), logits_TV[:-1].argmax(-1)
+    return log_likelihoods(logits_TV[:-1], ids[1:]), logits_TV[:-1].argmax(-1)

@@ -55,7 +55,7 @@ def test_the_perplexity_is_what_torch_computes_and_close_to_the_sources(quantiza
     assert quality["source_perplexity"] == pytest.approx(np.exp(sum(losses) / num_tokens), rel=1e-4)
     assert quality["ratio"] == pytest.approx(quality["perplexity"] / quality["source_perplexity"])
     assert quality["ratio"] != 1
-    assert 0.5 < quality["same_top"] < 1
+    assert 0.5 < quality["same"] < 1
     assert read_manifest(folder, "onnx")["quantization"] == quantization
     assert f"x{quality['limit']:.2f}" in quality["found"]
 
