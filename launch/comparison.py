@@ -139,16 +139,16 @@ def columns(lines: list[Line]) -> list[str]:
 
 
 def print_table(lines: list[Line]) -> None:
-    """Print a line for each format; beside each figure, in how many times that of fp32."""
-    names = columns(lines)
+    """Print a column for each format; beside each figure, how many times that of fp32 it is."""
     table = Table(title="number formats side by side")
-    for name in ("format", *names, "quality"):
-        is_text = name in ("format", "quality")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "format")
-    base = lines[0].figures
+    table.add_column("")
     for line in lines:
-        cells = [_cell(line.figures.get(name), base.get(name), is_base=line is lines[0]) for name in names]
-        table.add_row(line.name, *cells, line.says)
+        table.add_column(line.name, justify="right")
+    base = lines[0]
+    for name in columns(lines):
+        cells = [_cell(line.figures.get(name), base.figures.get(name), is_base=line is base) for line in lines]
+        table.add_row(name, *cells)
+    table.add_row("quality", *(line.says for line in lines))
     Console().print(table)
 
 
