@@ -52,8 +52,8 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
     options = {BASE: Options(**asked), **{name: Options(**asked | {"quantization": name}) for name in formats}}
     _check_folder(onnx_dir, model, [*options])
     held_out = held_out_rows(model, data)
-    lines = [_exported(model, onnx_dir / name, each, held_out) for name, each in options.items()]
-    measure({line.name: onnx_dir / line.name for line in lines if line.refused is None}, lines)
+    lines = [exported(model, onnx_dir / name, each, held_out) for name, each in options.items()]
+    measure(lines, onnx_dir)
     print_table(lines)
     plot(lines, onnx_dir / PLOT)
     Console(stderr=True).print(f"plotted: {onnx_dir / PLOT}", highlight=False, soft_wrap=True)
@@ -79,7 +79,8 @@ def _check_folder(onnx_dir: Path, model: Path, names: list[str]) -> None:
         raise BadInput(f"{onnx_dir}: holds {others[0]}, which is of no comparison; give a new folder")
 
 
-def _exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
+def exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
+    """Export the model to `folder`, whose name is the format's; return its quality, or why it was refused."""
     from serving.export import export_model
 
     started, line = time.perf_counter(), Line(folder.name)
@@ -97,14 +98,14 @@ def _exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
     return line
 
 
-def measure(folders: dict[str, Path], lines: list[Line], rounds: int = ROUNDS) -> None:
+def measure(lines: list[Line], onnx_dir: Path) -> None:
     """Fill in speed and memory: medians of rounds in which all directories take turns, each in its own process."""
-    processes = {name: _started(folder) for name, folder in folders.items()}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    processes = {line.name: _started(onnx_dir / line.name) for line in lines if line.refused is None}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     try:
         for process in processes.values():
             _read(process)  # ready
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             for name, process in processes.items():
                 found[name].append(json.loads(_read(process, "measure\n")))
     finally:

@@ -66,7 +66,8 @@ def test_formats_side_by_side_and_one_that_is_refused(model, text, tmp_path, tri
     assert "comparison.png" in err
 
 
-def test_the_table_has_each_figure_beside_that_of_fp32(capsys):
+def test_the_table_has_each_figure_beside_that_of_fp32(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     quality = {"ratio": 1.0123}
     lines = [
         Line("fp32", figures={"MB": 400.0, "tokens/s, batch 1": 20.0}),
