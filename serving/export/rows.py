@@ -8,6 +8,7 @@ The graph is transformers' own forward, traced, its pooling too. A decoder that 
 last token that is not `pad_token_id`: that very token must pad a batch, on the right.
 """
 
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -20,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from serving.export.attention import ExportError
 from serving.export.fuse import fuse
 from serving.export.heads import HEADS, Inputs
-from serving.export.layers import CannotRepeat, find_layers, one_of_each_kind
 from serving.export.options import Options
 from serving.export.pooling import Pooling
 from serving.export.questions import questions
 from serving.export.reference import check_finite, save_reference, text_cases
 from serving.export.source import Source
-from serving.export.trace import give_weights, trace
+from serving.export.trace import Example, graph_of
+from serving.export.whole_attention import fused_attention, num_fused
 
 
 class Rows(torch.nn.Module):
@@ -84,34 +85,26 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
-    try:
-        graph = _traced(Rows(model, source.task, source.pooling), source)
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
-        raise ExportError(
-            f"{source.folder}: {source.architecture} cannot be traced into a graph ({_first_line(error)}); "
-            "choose another architecture"
-        ) from error
+    graph = _traced(Rows(model, source.task, source.pooling), source)
     fuse(graph, source.config.max_position_embeddings)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 
 
 def _traced(rows: Rows, source: Source) -> ir.Model:
-    """Return the graph with its weights, each kind of layer traced once where the layers are one list."""
-    names = input_names(rows.model, source.load_tokenizer(), source)
-    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
-    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
-    outputs = ["embeddings" if source.task == "embedding" else "logits"]
-    layers = find_layers(rows, source.config.num_hidden_layers)
-    try:
-        if layers is None:
-            raise CannotRepeat("the layers are not one list")
-        with one_of_each_kind(rows, layers):
-            graph = trace(rows, _example(names), shapes, input_names=names, output_names=outputs, layers=layers)
-    except Exception:  # the repeating is a short cut: what it cannot do, the whole does, or says why not
-        graph = trace(rows, _example(names), shapes, input_names=names, output_names=outputs)
-    give_weights(graph, rows)
-    return graph
+    """Return the graph with its weights; the model's attention implementation is changed.
+
+    Each layer's attention is one operator, but for a model that keeps its attention to itself or asks more of it.
+    """
+    own, num_layers = rows.model.config._attn_implementation, source.config.num_hidden_layers
+    example = _example(rows, source)
+    with contextlib.suppress(Exception):  # whatever stops the short cut: its own attention does it, or says why not
+        rows.model.set_attn_implementation(fused_attention())
+        graph = graph_of(rows, num_layers, lambda layers: example)
+        if num_fused(graph) == num_layers:
+            return graph
+    rows.model.set_attn_implementation(own)
+    return graph_of(rows, num_layers, lambda layers: example)
 
 
 def write_settings(
@@ -185,11 +178,16 @@ def _ask(model: PreTrainedModel, source: Source, row: Inputs) -> torch.Tensor:
         return HEADS[source.task].source(model, row, source.pooling)
 
 
-def _example(names: list[str]) -> Inputs:
-    """Return inputs to trace with; no size is 1, which the tracer would take for a constant, and no two are equal."""
+def _example(rows: Rows, source: Source) -> Example:
+    """Return what the model is traced with; no size is 1, which the tracer would take for a constant."""
+    names = input_names(rows.model, source.load_tokenizer(), source)
+    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
+    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
     ids = torch.tensor([[1, 2, 3, 2], [3, 2, 1, 2]])
-    examples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: (examples | {"keep": torch.tensor([1, 5, 6])})[name] for name in names}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    inputs["keep"] = torch.tensor([1, 5, 6])
+    outputs = ["embeddings" if source.task == "embedding" else "logits"]
+    return Example({name: inputs[name] for name in names}, shapes, names, outputs)
 
 
 def _first_line(error: Exception) -> str:
