@@ -2,6 +2,7 @@
 # make models        fetch that model (93 MB) and convert it, once, into models/; the quickstart does it by itself
 # make test          what every change must pass: lint, types, tests (without the slow ones)
 # make test-all      the slow tests too
+# make gpu-check     on a machine with a GPU: every test of one, and the speed tables, as one table to paste back
 # make install       .venv with everything, at the versions of the lock file (the two above do it by themselves)
 # make lint | format | types | clean
 #
@@ -23,7 +24,7 @@ export DS_BUILD_OPS := 0
 # As the commands set it for themselves (launch/politeness.py): threads that wait sleep, so two jobs can share a machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart models install test test-all lint format types clean
+.PHONY: quickstart models install test test-all gpu-check lint format types clean
 .DELETE_ON_ERROR:
 
 quickstart: install
@@ -51,6 +52,9 @@ test: install lint types
 
 test-all: install lint types
 	$(BIN)/pytest -m "not gpu"
+
+gpu-check: install
+	@$(BIN)/python benchmarks/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check

@@ -12,13 +12,15 @@ from launch.onnxruntime_wheels import refuse_wheel_clash
 app = typer.Typer()
 
 OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="A directory made by `trivet export`.")]
-Provider = Annotated[str, typer.Option(help="cpu or cuda; never something else in silence.")]
+Provider = Annotated[str, typer.Option(help="cpu, cuda or tensorrt; never something else in silence.")]
 
 
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR|RUN|SWEEP", help="What to export.")],
     onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16: of weights, activations and cache.")] = "fp32",
+    optimize_for: Annotated[str, typer.Option(help="cpu or cuda: whose operators are used.")] = "cpu",
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the graph's nodes, who runs each, what is in pieces.")
     ] = False,
@@ -29,7 +31,7 @@ def export(
     from launch.export import export
 
     with naming(onnx_dir):
-        raise typer.Exit(export(model, onnx_dir, explain=explain))
+        raise typer.Exit(export(model, onnx_dir, explain=explain, dtype=dtype, optimize_for=optimize_for))
 
 
 @app.command()
@@ -100,6 +102,9 @@ def serve(
     """Serve a model over HTTP: OpenAI-compatible, streaming, with a playground page at /."""
     refuse_wheel_clash()
     from launch.api_keys import read_keys
+    from launch.export import offer_verification
     from serving.server import serve
 
+    with naming(onnx_dir):
+        offer_verification(onnx_dir, provider)
     serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)

@@ -111,8 +111,8 @@ def _compare(
 def generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """Return transformers' greedy continuations of the prompts, left-padded into one batch."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     return model.generate(ids, attention_mask=mask)[:, width:].tolist()
 
 

@@ -6,9 +6,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from serving.directory import BadInput
+from serving.proofs import Unproven, require_verified
+from serving.session import check_provider, onnxruntime_version
 from serving.verify import VerificationFailed, verify
 
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
@@ -33,11 +37,25 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) 
         return _failed(error)
     finally:
         signal.signal(signal.SIGTERM, former)
-    print_record(onnx_dir, record)
-    if explain:
+    for line in _what_next(onnx_dir, options.optimize_for, record):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if explain and record["provider"] is not None:
         print_explanation(onnx_dir, record["provider"])
-    console.print(f"next: trivet serve {onnx_dir}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[str]:
+    """Print the record, if anything could be verified here; return what is still to be done."""
+    if record["provider"] is not None:
+        print_record(onnx_dir, record)
+    served_there = "" if provider == "cpu" else f" --provider {provider}"
+    if record["provider"] == provider:
+        return [f"next: trivet serve {onnx_dir}{served_there}"]
+    proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
+    return [
+        f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
+        f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",
+    ]
 
 
 def verify_again(onnx_dir: Path, provider: str) -> int:
@@ -48,6 +66,25 @@ def verify_again(onnx_dir: Path, provider: str) -> int:
         return _failed(error)
     print_record(onnx_dir, record)
     return 0
+
+
+def offer_verification(onnx_dir: Path, provider: str) -> None:
+    """On a terminal, ask whether to verify a directory that has no valid proof for this provider, and do so.
+
+    Ends the command where the proof fails. Whatever else may be wrong with the directory is left to those who open it.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    try:
+        check_provider(provider)
+        require_verified(onnx_dir, provider, onnxruntime_version())
+    except Unproven as error:
+        if not typer.confirm(f"{error}\nVerify it now?", default=True, err=True):
+            raise
+        if code := verify_again(onnx_dir, provider):
+            raise typer.Exit(code) from None
+    except BadInput:
+        return
 
 
 def _failed(error: VerificationFailed) -> int:

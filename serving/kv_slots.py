@@ -11,6 +11,9 @@ import numpy as np
 
 from serving.request import Request
 
+# Of the manifest's dtype. numpy has no bfloat16, but zeros are zeros in every format of that size.
+_NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+
 
 class KvSlots:
     """Rows [0:num_slots) of the cache and their occupants; a new request gets the lowest free row."""
@@ -43,4 +46,4 @@ def cache_arrays(manifest: Mapping[str, Any], num_slots: int, max_length: int) -
     """
     shape = (num_slots, manifest["num_kv_heads"], max_length, manifest["head_dim"])
     names = [f"{kind}.{layer}" for layer in range(manifest["num_layers"]) for kind in ("keys", "values")]
-    return {name: np.zeros(shape, dtype=np.float32) for name in names}
+    return {name: np.zeros(shape, dtype=_NUMPY_TYPES[manifest["dtype"]]) for name in names}

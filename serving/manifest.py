@@ -13,7 +13,16 @@ _OF_TEXTS = ("inputs", "max_length", "context_length", "pad_token_id", "empty_te
 
 # What those who open a directory read of its manifest.
 FIELDS = {
-    "causal_lm": ("vocab_size", "num_layers", "num_kv_heads", "head_dim", "context_length", "end_token_ids", "source"),
+    "causal_lm": (
+        "vocab_size",
+        "num_layers",
+        "num_kv_heads",
+        "head_dim",
+        "dtype",
+        "context_length",
+        "end_token_ids",
+        "source",
+    ),
     "classification": ("labels", *_OF_TEXTS),
     "token_classification": ("labels", *_OF_TEXTS),
     "masked_lm": ("mask_token", "mask_token_id", *_OF_TEXTS),

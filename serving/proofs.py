@@ -8,6 +8,10 @@ from serving.directory import VERIFICATION, DirectoryError, current, identity, w
 from serving.format_version import stamp
 
 
+class Unproven(DirectoryError):
+    """A directory without a proof that counts here and now; verifying it may give one."""
+
+
 def append_verification(folder: Path, record: dict[str, Any]) -> None:
     """Add one record (`provider`, `onnxruntime`, `identity`, `passed`, `checks`, ...), newest last.
 
@@ -28,26 +32,26 @@ def earlier_records(folder: Path) -> list[dict[str, Any]]:
 def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:
     """Return the newest verification record for this provider and onnxruntime version.
 
-    Raises DirectoryError when there is none, when it failed, or when it is stale (other files, other onnxruntime).
+    Raises Unproven when there is none or it is stale (other files, other onnxruntime), DirectoryError when it failed.
     """
     fix = f"run: trivet verify {folder} --provider {provider}"
     try:
         records = _read_records(folder / VERIFICATION)
     except FileNotFoundError:
-        raise DirectoryError(f"{folder}: never verified; {fix}") from None
+        raise Unproven(f"{folder}: never verified; {fix}") from None
     except (OSError, ValueError) as error:
-        raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
+        raise Unproven(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
     mine = [record for record in records if record.get("provider") == provider]
     if not mine:
-        raise DirectoryError(f"{folder}: not verified on provider {provider}; {fix}")
+        raise Unproven(f"{folder}: not verified on provider {provider}; {fix}")
     newest = mine[-1]
     if not newest.get("passed"):
         raise DirectoryError(f"{folder}: its verification on {provider} failed: {newest.get('reason')}; export again")
     if newest.get("identity") != identity(folder):
-        raise DirectoryError(f"{folder}: its verification is of other files (stale); {fix}")
+        raise Unproven(f"{folder}: its verification is of other files (stale); {fix}")
     if newest.get("onnxruntime") != onnxruntime:
         found = newest.get("onnxruntime")
-        raise DirectoryError(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
+        raise Unproven(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
     return newest
 
 

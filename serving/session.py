@@ -6,24 +6,36 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from serving.directory import BadInput
+from serving.directory import BadInput, read_manifest
 
 # Before the import, and here too for who serves without the command line: it would send its maker the names and hashes
 # of models, and keep a device id in the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 GRAPH = "model.onnx"
 _NUMPY_TYPES = {
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16
 }  # fmt: skip
+
+# numpy has no bfloat16: its cache is made as uint16, all zeros, and bound under the number that ONNX gives the format.
+_BFLOAT16 = 16
+_CACHE_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": _BFLOAT16,
+}  # fmt: skip
+_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(bfloat16)": 2}
+
+# In fp16 on the CPU it makes of a transposed activation before a MatMul what ends the process later on (1.31.1).
+_SKIPPED_IN_HALF = ["MatmulTransposeFusion"]
+
 
 Cache: TypeAlias = "dict[str, ort.OrtValue]"
 Binding: TypeAlias = "ort.IOBinding"
@@ -35,38 +47,49 @@ def onnxruntime_version() -> str:
 
 
 class Session:
-    """One opened graph. `provider` is `cpu` or `cuda`, and is what really runs: never a silent fallback."""
+    """One opened graph. `provider` is one of PROVIDERS, and is what really runs: never a silent fallback."""
 
     def __init__(self, session: ort.InferenceSession, provider: str) -> None:
         self.provider = provider
         self._session = session
-        self._input_names = {each.name for each in session.get_inputs()}
+        self._device = "cpu" if provider == "cpu" else "cuda"
+        self._input_types = {each.name: each.type for each in session.get_inputs()}
 
     @classmethod
     def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> "Session":
         """Open the folder's graph; `threads` None leaves the number to onnxruntime.
 
-        Raises BadInput when the provider is unknown, not part of this onnxruntime, or did not start.
+        Raises BadInput when the provider is unknown, not part of this onnxruntime, did not start, or lacks an operator.
         """
         check_provider(provider)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
         options.enable_mem_pattern = False  # it keeps one plan for each input shape seen; chunks come in many shapes
         if threads is not None:
             if threads < 1:
                 raise BadInput(f"threads: {threads} is out of range; accepted: 1 or more, or leave it out")
             options.intra_op_num_threads = threads
-        if provider == "cuda":
-            # Its libraries come as Python packages; nothing but this tells the loader where they are.
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints those that it does not find
-                ort.preload_dlls()
-        session = ort.InferenceSession(str(Path(folder) / GRAPH), options, providers=[PROVIDERS[provider]])
-        _check_started(provider, session.get_providers()[0])
-        return cls(session, provider)
+        skipped = _skipped(Path(folder))
+        try:
+            return cls(_start(str(Path(folder) / GRAPH), provider, options, skipped), provider)
+        except NoKernel as error:
+            reason = str(error).partition("\n")[0]
+            raise BadInput(
+                f"{folder}: {provider} lacks an operator of this graph ({reason}); take another provider, or export it "
+                "for this one (--optimize-for, --dtype)"
+            ) from None
 
     def place(self, arrays: Mapping[str, np.ndarray]) -> Cache:
-        """Return the cache where the provider computes: on cpu the same memory, on cuda a copy on the device."""
-        return {name: ort.OrtValue.ortvalue_from_numpy(array, self.provider, 0) for name, array in arrays.items()}
+        """Return the cache where the provider computes: on cpu the same memory, on a GPU a copy on the device.
+
+        Raises BadInput where the arrays are of another number format than the graph's.
+        """
+        for name, array in arrays.items():
+            if (kind := self._input_types.get(f"past_{name}")) and _BYTES.get(kind) != array.itemsize:
+                raise BadInput(
+                    f"the manifest's dtype makes a cache of {array.dtype}, the graph asks for {kind}; "
+                    "export the model again"
+                )
+        return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in arrays.items()}
 
     def bind(self, feeds: Mapping[str, np.ndarray], logits: np.ndarray, cache: Cache, first_slot: int) -> Binding:
         """Bind a run whose batch is rows [first_slot : first_slot + batch) of the cache, updated in place.
@@ -76,17 +99,18 @@ class Session:
         """
         binding = self._session.io_binding()
         for name, array in feeds.items():
-            if name in self._input_names:
+            if name in self._input_types:
                 binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
         num_rows = len(feeds["input_ids"])
         for name, value in cache.items():
             _, *row_shape = value.shape()
-            pointer = value.data_ptr() + first_slot * int(np.prod(row_shape)) * np.dtype(np.float32).itemsize
+            kind = self._input_types[f"past_{name}"]
+            pointer = value.data_ptr() + first_slot * int(np.prod(row_shape)) * _BYTES[kind]
             shape = (num_rows, *row_shape)
             # The same pointer on both sides is what makes attention write the new keys and values in place.
-            binding.bind_input(f"past_{name}", self.provider, 0, np.float32, shape, pointer)
-            binding.bind_output(f"present_{name}", self.provider, 0, np.float32, shape, pointer)
+            binding.bind_input(f"past_{name}", self._device, 0, _CACHE_TYPES[kind], shape, pointer)
+            binding.bind_output(f"present_{name}", self._device, 0, _CACHE_TYPES[kind], shape, pointer)
         return binding
 
     def run(self, binding: Binding) -> None:
@@ -105,10 +129,10 @@ def node_providers(folder: Path, provider: str) -> Counter[tuple[str, str]]:
     """
     check_provider(provider)
     options = ort.SessionOptions()
-    options.log_severity_level, options.enable_profiling = 3, True
+    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = f"{scratch}/profile"
-        session = ort.InferenceSession(str(Path(folder) / GRAPH), options, providers=[PROVIDERS[provider]])
+        session = _start(str(Path(folder) / GRAPH), provider, options, _skipped(Path(folder)))
         session.run(None, {each.name: _one_token(each) for each in session.get_inputs()})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ran = {event["name"]: event["args"] for event in events if event.get("name", "").endswith("_kernel_time")}
@@ -120,6 +144,40 @@ def _one_token(graph_input: ort.NodeArg) -> np.ndarray:
     shape = [size if isinstance(size, int) else 1 for size in graph_input.shape]
     value = 1 if graph_input.name in ("total_length", "attention_mask") else 0
     return np.full(shape, value, _NUMPY_TYPES[graph_input.type])
+
+
+def _skipped(folder: Path) -> Sequence[str]:
+    """Return which of onnxruntime's optimizers a directory's graph is opened without."""
+    return () if read_manifest(folder, "onnx").get("dtype") == "fp32" else _SKIPPED_IN_HALF
+
+
+def why_not(graph: bytes, provider: str) -> str | None:
+    """Return why the provider cannot run this graph here, in one line; None where it can."""
+    try:
+        check_provider(provider)
+        _start(graph, provider, ort.SessionOptions())
+    except Exception as error:  # onnxruntime's own have no common class
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def _start(
+    graph: str | bytes, provider: str, options: ort.SessionOptions, skipped: Sequence[str] = ()
+) -> ort.InferenceSession:
+    """Open a graph, a file or its bytes, without the `skipped` optimizers.
+
+    Raises BadInput where another provider than the one asked for started.
+    """
+    options.log_severity_level = 3
+    if provider != "cpu":
+        # Its libraries come as Python packages; nothing but this tells the loader where they are.
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints those that it does not find
+            ort.preload_dlls()
+    # TensorRT has none of the operators of com.microsoft; what it does not take, CUDA runs.
+    providers = [PROVIDERS[each] for each in ((provider, "cuda") if provider == "tensorrt" else (provider,))]
+    session = ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=list(skipped))
+    _check_started(provider, session.get_providers()[0])
+    return session
 
 
 def check_provider(provider: str) -> None:

@@ -13,9 +13,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from serving.checks import LOGIT_TOLERANCE, Cases, Check, check_text, graded, max_abs_diff
+from serving.checks import (
+    RMS_TOLERANCES,
+    TOLERANCES,
+    Cases,
+    Check,
+    check_text,
+    graded,
+    graded_mean,
+    max_abs_diff,
+    near_tie,
+)
 from serving.directory import REFERENCE
-from serving.engine import NEAR_TIE, Engine
+from serving.engine import Engine
 from serving.forward import whole_texts
 from serving.manifest import Manifest
 from serving.request import Request, Sampling
@@ -36,16 +46,17 @@ class Reference:
     prompt_lengths: list[int]
     logits_TV: list[np.ndarray]
     cases: Cases
+    dtype: str = "fp32"
 
     @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """Read the directory's reference.safetensors."""
+    def load(cls, folder: Path, dtype: str = "fp32") -> "Reference":
+        """Read the directory's reference.safetensors; `dtype` is what the graph is in, which sets what is accepted."""
         with safe_open(folder / REFERENCE, framework="numpy") as file:
             lengths = file.get_tensor("prompt_lengths").tolist()
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
             cases = {name: json.loads(text) for name, text in file.metadata().items()}
-        return cls(ids, lengths, logits, cases)
+        return cls(ids, lengths, logits, cases, dtype)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -64,12 +75,17 @@ class Reference:
     @property
     def tolerance(self) -> float:
         """The largest absolute logit difference that is accepted."""
-        return LOGIT_TOLERANCE * float(np.concatenate(self.logits_TV).std())
+        return TOLERANCES[self.dtype] * float(np.concatenate(self.logits_TV).std())
+
+    @property
+    def rms_tolerance(self) -> float:
+        """The largest root of the mean squared difference that is accepted."""
+        return RMS_TOLERANCES[self.dtype] * float(np.concatenate(self.logits_TV).std())
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
     """Run all checks, calling `report` at the start of each stage; return them by name."""
-    reference = Reference.load(folder)
+    reference = Reference.load(folder, manifest["dtype"])
     report("verifying text")
     checks = {"text": check_text(folder, reference.cases)}
     report("verifying logits")
@@ -84,22 +100,26 @@ def run_checks(folder: Path, manifest: Manifest, session: Session, report: Calla
 def check_logits(session: Session, manifest: Manifest, reference: Reference, *, batch: int) -> Check:
     """Compare the logits of whole texts with all that the reference has, `batch` texts to a run, padded right."""
     texts = [ids[:-1] for ids in reference.ids]
-    differences = []
+    differences, squares = [], 0.0
     for start in range(0, len(texts), batch):
         logits_BTV = whole_texts(session, manifest, texts[start : start + batch])
         for index, logits_TV in enumerate(logits_BTV, start):
             expected_TV, end = reference.logits_TV[index], len(texts[index])
-            differences.append(max_abs_diff(logits_TV[end - len(expected_TV) : end], expected_TV))
+            found_TV = logits_TV[end - len(expected_TV) : end]
+            differences.append(max_abs_diff(found_TV, expected_TV))
+            squares += float(np.square(found_TV - expected_TV, dtype=np.float64).sum())
     positions = sum(map(len, reference.logits_TV))
-    return graded(max(differences), reference.tolerance, rows=len(texts), positions=positions, batch=batch)
+    check = graded(max(differences), reference.tolerance, rows=len(texts), positions=positions, batch=batch)
+    rms = (squares / sum(each.size for each in reference.logits_TV)) ** 0.5
+    return graded_mean(check, rms, reference.rms_tolerance)
 
 
 def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, crowd: bool) -> Check:
     """Compare the engine's greedy tokens, and the logits behind them, with the source's.
 
     One by one, each prompt is one chunk. In a crowd there are fewer slots than prompts, prompts come in chunks, and
-    most requests join while others decode. A wrong token is excused where the source's two best logits are a near tie;
-    what follows it in its row is another text, and is not compared.
+    most requests join while others decode. A wrong token is excused where the source's two best logits are a near tie
+    (see checks.near_tie); what follows it in its row is another text, and is not compared.
     """
     requests = [
         Request(str(index), prompt, Sampling(max_new_tokens=len(ids) - len(prompt), ignore_end=True))
@@ -144,6 +164,7 @@ class _Comparison:
     def check(self) -> Check:
         """Return the result after the engine has run."""
         errors, wrong, near_ties = [], [], 0
+        accepted = near_tie(self._reference.dtype, max(self._differences))
         for request, index in self._index.items():
             expected = self._reference.ids[index][len(request.prompt_ids) :]
             step = _first_difference(request.output_ids, expected)
@@ -151,7 +172,7 @@ class _Comparison:
                 errors.append(f"text {index}: {request.error}")
             elif step is None:
                 continue
-            elif self._margin(index, len(request.prompt_ids) + step) < NEAR_TIE:
+            elif self._margin(index, len(request.prompt_ids) + step) < accepted:
                 near_ties += 1
             else:
                 wrong.append(f"text {index} token {step} is {request.output_ids[step]}, not {expected[step]}")

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from serving.checks import LOGIT_TOLERANCE, Cases, Check, check_text, graded, max_abs_diff
+from serving.checks import TOLERANCES, Cases, Check, check_text, graded, max_abs_diff, near_tie
 from serving.directory import REFERENCE, BadInput, DirectoryError
-from serving.engine import NEAR_TIE
 from serving.manifest import Manifest
 from serving.session import Session
 from serving.tasks import TASKS, Row, TextTask, run_rows
@@ -32,15 +31,20 @@ class Reference:
     labels: list[str] | None
     questions: list[dict[str, Any]]
     cases: Cases
+    dtype: str = "fp32"
 
     @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """Read the directory's reference.safetensors. Raises DirectoryError for one of an older Trivet."""
+    def load(cls, folder: Path, dtype: str = "fp32") -> "Reference":
+        """Read the directory's reference.safetensors; `dtype`, what the graph is in, sets what is accepted.
+
+        Raises DirectoryError for one of an older Trivet.
+        """
         with safe_open(folder / REFERENCE, framework="numpy") as file:
             stored = {name: json.loads(text) for name, text in file.metadata().items()}
             if "questions" not in stored:
                 raise DirectoryError(f"{folder / REFERENCE}: written by an older Trivet; export the model again")
-            return cls(file.get_tensor("outputs"), stored["labels"], stored["questions"], {"texts": stored["texts"]})
+            cases = {"texts": stored["texts"]}
+            return cls(file.get_tensor("outputs"), stored["labels"], stored["questions"], cases, dtype)
 
     @property
     def rows(self) -> list[Row]:
@@ -55,12 +59,12 @@ class Reference:
     def tolerance(self) -> float:
         """The largest absolute difference of outputs that is accepted."""
         largest = float(np.abs(self.outputs_RL).max())
-        return max(LOGIT_TOLERANCE * float(self.outputs_RL.std()), _ROUNDING * largest)
+        return max(TOLERANCES[self.dtype] * float(self.outputs_RL.std()), _ROUNDING * largest)
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
     """Run all checks, calling `report` at the start of each stage; return them by name."""
-    reference = Reference.load(folder)
+    reference = Reference.load(folder, manifest["dtype"])
     task = TASKS[manifest["task"]](manifest, session, Text.open(folder))
     report("verifying text")
     checks = {"text": check_text(folder, reference.cases), "rows": check_rows(task, reference)}
@@ -116,7 +120,7 @@ def check_answers(task: TextTask, reference: Reference) -> Check:
         difference, place = compare(answer, case["answer"])
         if not place:
             differences.append(difference)
-        elif case["margin"] < NEAR_TIE:
+        elif case["margin"] < near_tie(reference.dtype, reference.tolerance):
             near_ties += 1
         else:
             wrong.append(f"{case['text'][:40]!r}: {place}")

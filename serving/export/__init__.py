@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import decoder, rows
 from serving.export.attention import ExportError
+from serving.export.half import check_weights, convert, watched
 from serving.export.heads import HEADS
 from serving.export.options import Options
+from serving.export.providers import provider_of_proof
 from serving.export.source import Source, check_vocabulary, find_model, open_source
 from serving.export.trace import quiet
 from serving.proof_process import prove_apart
@@ -38,15 +40,18 @@ def export_model(
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
-    The folder appears whole and verified on CPU, in place of an older one, or not at all. `progress` is called with a
-    word or two at the start of each stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds
-    something else, before any work, and VerificationFailed with the evidence when the graph does not answer as the
-    source does.
+    The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
+    or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
+    record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
+    `progress` is called with a word or two at the start of each stage. Raises ExportError for what cannot be exported,
+    or an `onnx_dir` that holds something else, before any work, and VerificationFailed with the evidence when the
+    graph does not answer as the source does.
     """
     report = progress or (lambda stage: None)
     options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
     _check_target(onnx_dir, find_model(Path(source)).resolve())
+    provider = provider_of_proof(options)
     report("reading the model")
     with quiet():
         opened = open_source(Path(source))
@@ -54,11 +59,13 @@ def export_model(
         tokenizer = opened.load_tokenizer()
         model = opened.load()
         check_vocabulary(model, tokenizer, opened)
+        check_weights(model, options.dtype)
     with staged(onnx_dir) as folder:
         report("running the source model")
-        with quiet():
+        with quiet(), watched(model, options.dtype):
             exporter.write_reference(model, tokenizer, opened, folder)
         report("writing the graph")
+        convert(model, options.dtype)
         inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
         with quiet():
             # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
@@ -67,7 +74,10 @@ def export_model(
         manifest = {**_manifest(opened, options, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
         seal(folder, "onnx", **manifest)
         del model
-        record = _proof(folder, report)
+        if provider is None:
+            reason = f"nothing here runs {options.dtype}"
+            return {"provider": None, "passed": False, "reason": reason, "checks": {}}
+        record = _proof(folder, provider, report)
         append_verification(folder, record)
         if not record["passed"]:
             raise VerificationFailed(
@@ -76,11 +86,11 @@ def export_model(
     return record
 
 
-def _proof(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:
     """Return the record of the proof, which for a large model has a process of its own."""
     if sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) < LARGE_BYTES:
-        return prove(folder, "cpu", progress=report)
-    return prove_apart(folder, "cpu", progress=report)
+        return prove(folder, provider, progress=report)
+    return prove_apart(folder, provider, progress=report)
 
 
 def _check_target(onnx_dir: Path, model_dir: Path) -> None:

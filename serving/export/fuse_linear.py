@@ -169,7 +169,7 @@ def straighten(model: ir.Model) -> None:
             origin = inner.inputs[0]
         if same_shape(origin, node.outputs[0]):
             take_over(node.outputs[0], origin)
-        elif origin is not node.inputs[0] and node.attributes["allowzero"].as_int():  # a 0 copies no size
+        elif origin is not node.inputs[0] and node.attributes.get_int("allowzero", 0):  # a 0 copies no size
             node.replace_input_with(0, origin)
 
 

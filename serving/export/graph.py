@@ -18,6 +18,7 @@ from serving.export.cache import PassThroughCache
 from serving.export.fuse import fuse
 from serving.export.options import Options
 from serving.export.source import Source
+from serving.export.standard_attention import standard_attention
 from serving.export.trace import Example, graph_of
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
@@ -53,7 +54,8 @@ class Step(torch.nn.Module):
             logits_to_keep=keep,
         )
         present = [self.attention.present[layer] for layer in self.traced]
-        return (output.logits, *(tensor for pair in present for tensor in pair))
+        # Samplers and proofs read fp32, whatever the model computes in.
+        return (output.logits.float(), *(tensor for pair in present for tensor in pair))
 
 
 def cache_names(layers: Sequence[int]) -> list[str]:
@@ -70,6 +72,8 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     model.set_attn_implementation(attention.register())
     step = Step(model, attention)
     graph = graph_of(step, len(source.layers), lambda layers: _example(step, source, layers), asks=source.layers)
+    if options.optimize_for == "cuda" and options.dtype == "fp32":
+        standard_attention(graph)
     fuse(graph, source.config.max_position_embeddings)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
@@ -80,7 +84,8 @@ def _example(step: Step, source: Source, layers: Sequence[int]) -> Example:
     step.traced = layers
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
     kv = source.layers[0]
-    past = [torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim) for _ in range(2 * len(layers))]
+    shape, dtype = (batch, kv.num_kv_heads, length, kv.head_dim), step.model.dtype
+    past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * len(layers))]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),

@@ -51,7 +51,13 @@ def number(value: ir.Value | None) -> float | None:
 
 def is_number(wanted: float) -> Callable[[ir.Value], bool]:
     """Return a function that tells whether a value is that constant."""
-    return lambda value: (found := number(value)) is not None and bool(np.isclose(found, wanted, rtol=1e-4))
+
+    def found(value: ir.Value) -> bool:
+        rounding = 1e-4 if value.dtype == ir.DataType.FLOAT else 5e-3  # as bfloat16 rounds
+        seen = number(value)
+        return seen is not None and bool(np.isclose(seen, wanted, rtol=rounding))
+
+    return found
 
 
 def ints(node: ir.Node, name: str) -> list[int]:

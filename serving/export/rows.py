@@ -48,7 +48,7 @@ class Rows(torch.nn.Module):
         asked = {"input_ids": input_ids, "attention_mask": attention_mask}
         asked |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         asked |= {} if keep is None else {"keep": keep}
-        return HEADS[self.task].graph(self.model, asked, self.pooling)
+        return HEADS[self.task].graph(self.model, asked, self.pooling).float()
 
 
 def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
@@ -85,23 +85,24 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
-    graph = _traced(Rows(model, source.task, source.pooling), source)
+    graph = _traced(Rows(model, source.task, source.pooling), source, options)
     fuse(graph, source.config.max_position_embeddings)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 
 
-def _traced(rows: Rows, source: Source) -> ir.Model:
+def _traced(rows: Rows, source: Source, options: Options) -> ir.Model:
     """Return the graph with its weights; the model's attention implementation is changed.
 
-    Each layer's attention is one operator, but for a model that keeps its attention to itself or asks more of it.
+    Each layer's attention is one operator, but for a model that keeps its attention to itself or asks more of it, and
+    in half precision, for which the CPU has no such operator.
     """
     own, num_layers = rows.model.config._attn_implementation, source.config.num_hidden_layers
     example = _example(rows, source)
     with contextlib.suppress(Exception):  # whatever stops the short cut: its own attention does it, or says why not
-        rows.model.set_attn_implementation(fused_attention())
+        rows.model.set_attn_implementation(fused_attention() if options.dtype == "fp32" else own)
         graph = graph_of(rows, num_layers, lambda layers: example)
-        if num_fused(graph) == num_layers:
+        if options.dtype != "fp32" or num_fused(graph) == num_layers:
             return graph
     rows.model.set_attn_implementation(own)
     return graph_of(rows, num_layers, lambda layers: example)

@@ -1,5 +1,6 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
 from serving.export.attention import ExportError, KvShape
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
@@ -127,10 +128,18 @@ def open_source(path: Path) -> Source:
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
+    provenance["sha256"] = _hash(folder)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
     return Source(folder, task, config, architecture, layers, trained_length, text_pair, pooling, provenance)
+
+
+def _hash(folder: Path) -> str:
+    """Return one hash for the config and the weights: what the answers depend on."""
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    lines = "".join(f"{path.name} {sha256(path)}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def find_model(path: Path) -> Path:

@@ -60,7 +60,7 @@ def test_cuda_that_is_not_there_is_named(refused, command):
 
 
 def test_an_unknown_provider_names_those_that_are_known(refused):
-    assert refused("verify", "onnx", "--provider", "gpu") == "provider: 'gpu' is unknown; accepted: cpu, cuda"
+    assert refused("verify", "onnx", "--provider", "gpu") == "provider: 'gpu' is unknown; accepted: cpu, cuda, tensorrt"
 
 
 @pytest.mark.parametrize("as_file", [False, True])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.export import ExportError, export_model
+from serving.export import ExportError, Options, export_model
 
 SIZES = {
     "vocab_size": 320,
@@ -109,6 +109,21 @@ def test_a_gpt_2_layer_has_its_residuals_in_its_norms_and_its_bias_in_its_gelu(e
 def test_heads_that_are_rotated_in_part_or_normed_first_are_rotated_inside_attention(exported, name):
     _, nodes = exported(name)
     assert not {"Cos", "Sin", "Neg", "RotaryEmbedding"} & nodes.keys()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "qwen3", "mistral", "gemma2"])
+def test_attention_in_standard_operators_gives_the_sources_tokens_too(tmp_path, save_with_tokenizer, name):
+    import onnx
+
+    source = save_decoder(tmp_path / "model", save_with_tokenizer, name)
+    record = export_model(source, tmp_path / "onnx", Options(optimize_for="cuda"))
+    crowd = record["checks"]["tokens_in_a_crowd"]
+    assert (record["passed"], crowd["tokens"], crowd["mismatches"], crowd["near_ties"]) == (True, 7 * 24, 0, 0)
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    nodes = collections.Counter(node.op_type for node in graph.node)
+    assert (nodes["Attention"], nodes["TensorScatter"], nodes["GroupQueryAttention"]) == (4, 8, 0)
+    masks = nodes["LessOrEqual"], nodes["Greater"]
+    assert masks == {"mistral": (1, 1), "gemma2": (2, 1)}.get(name, (1, 0)), "one mask for each kind of layer"
 
 
 @pytest.mark.parametrize("name", ["stablelm", "falcon", "gptj"])

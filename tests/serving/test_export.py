@@ -203,6 +203,7 @@ def test_a_trivet_model_directory_is_checked_and_remembered(tmp_path, tiny_confi
     source = bare_model(tmp_path / "model", tiny_config("llama"))
     seal(source, "model", objective="sft", labels=None, strategy="lora", base_model=None, step=7)
     provenance = open_source(source).provenance
+    assert len(provenance.pop("sha256")) == 64
     expected = {"identity": identity(source), "objective": "sft", "strategy": "lora", "step": 7}
     assert provenance == {"path": str(source), **expected}
     (source / "model.safetensors").write_bytes(b"other weights")

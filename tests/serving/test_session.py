@@ -21,7 +21,7 @@ def test_cuda_that_falls_back_to_cpu_in_silence_is_refused(onnx_dir, monkeypatch
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]),
+        lambda path, options, providers, **others: real(path, options, providers=["CPUExecutionProvider"]),
     )
     with pytest.raises(BadInput, match="fell back to CPUExecutionProvider"):
         Session.open(onnx_dir, provider="cuda")
