@@ -1,6 +1,5 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
+from serving.export.adapters import CONFIG, Adapter
 from serving.export.attention import ExportError, KvShape
+from serving.export.fingerprint import fingerprint
 from serving.export.probe import probe, refusal
 
 # How transformers loads the models of each task that can be exported.
@@ -44,7 +45,7 @@ class Source:
     """A model directory that can be exported.
 
     `layers`: what each layer of a decoder for text caches; a classifier caches nothing. `trained_length`: the longest
-    row that a Trivet run trained on, None where that is not known.
+    row that a Trivet run trained on, None where that is not known. `loras`: the adapters that are kept beside it.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Source:
     layers: list[KvShape]
     trained_length: int | None
     provenance: dict[str, Any]
+    loras: tuple[Adapter, ...] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -131,16 +133,9 @@ def open_source(path: Path) -> Source:
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = _hash(folder)
+    provenance["sha256"] = fingerprint(folder)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     return Source(folder, task, config, architecture, layers, facts.get("max_length"), provenance)
-
-
-def _hash(folder: Path) -> str:
-    """Return one hash for the config and the weights: what the answers depend on."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def find_model(path: Path) -> Path:
@@ -149,6 +144,11 @@ def find_model(path: Path) -> Path:
         raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
     if (path / "config.json").is_file():
         return path
+    if (path / CONFIG).is_file():
+        base = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base"
+        raise ExportError(
+            f"{path}: is an adapter without its base; export the base with it: trivet export {base} ... --loras {path}"
+        )
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "result.json").is_file():
