@@ -24,6 +24,9 @@ def export(
     loras: Annotated[
         str | None, typer.Option(metavar="DIR,DIR", help="LoRA adapters to keep beside the base; each row picks one.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the graph's nodes, who runs each, what is in pieces.")
+    ] = False,
 ) -> None:
     """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
     refuse_wheel_clash()
@@ -32,7 +35,9 @@ def export(
 
     folders = tuple(Path(each.strip()) for each in (loras or "").split(",") if each.strip())
     with naming(onnx_dir):
-        raise typer.Exit(export(model, onnx_dir, dtype=dtype, optimize_for=optimize_for, loras=folders))
+        raise typer.Exit(
+            export(model, onnx_dir, explain=explain, dtype=dtype, optimize_for=optimize_for, loras=folders)
+        )
 
 
 @app.command()
@@ -85,17 +90,19 @@ def generate(
 @app.command()
 def predict(
     onnx_dir: OnnxArgument,
-    text: Annotated[str | None, typer.Option(help="One text to classify.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL rows with `text`, and an `id`.")] = None,
+    text: Annotated[str | None, typer.Option(help="One text to answer about.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="The text that is judged with it, by a model of pairs.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL rows with `text`, `text_pair`?, and an `id`.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the answers go; default: standard output.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Tokens for each mask; default: 5.")] = None,
     provider: Provider = "cpu",
 ) -> None:
-    """Tell the label of a text with its score, or of each row of a file."""
+    """Answer about a text, or each row of a file: labels, tags of words, words for masks, a vector."""
     refuse_wheel_clash()
     from launch.predict import predict
 
     with naming(output or Path("standard output")):
-        raise typer.Exit(predict(onnx_dir, text, input, output, provider=provider))
+        raise typer.Exit(predict(onnx_dir, text, input, output, provider=provider, text_pair=text_pair, top_k=top_k))
 
 
 @app.command()

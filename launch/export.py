@@ -18,10 +18,11 @@ from serving.verify import VerificationFailed, verify
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
 
 
-def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
+def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
 
-    `asked` are the fields of serving.export.Options. SIGTERM ends it as Ctrl-C does: with nothing half-written.
+    `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of.
+    SIGTERM ends it as Ctrl-C does: with nothing half-written.
     """
     from serving.export import Options, export_model
 
@@ -38,6 +39,8 @@ def export(model: Path, onnx_dir: Path, **asked: Any) -> int:
         signal.signal(signal.SIGTERM, former)
     for line in _what_next(onnx_dir, options.optimize_for, record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if explain and record["provider"] is not None:
+        print_explanation(onnx_dir, record["provider"])
     return 0
 
 
@@ -102,6 +105,24 @@ def print_record(onnx_dir: Path, record: dict[str, Any]) -> None:
     for row in check_rows(record):
         table.add_row(*row)
     Console().print(table)
+
+
+def print_explanation(onnx_dir: Path, provider: str) -> None:
+    """Print the graph's nodes by type beside those that onnxruntime runs, and what was left in pieces."""
+    from serving.export.explain import explain
+
+    found = explain(onnx_dir, provider)
+    table = Table(title=f"{onnx_dir}: {found.nodes.total()} nodes; onnxruntime runs {found.runs.total()}")
+    for column in ("node", "in the graph", "run", "by"):
+        table.add_column(column, justify="right" if column in ("in the graph", "run") else "left")
+    for name in sorted({*found.nodes, *(name for name, _ in found.runs)}, key=lambda name: (-found.nodes[name], name)):
+        by = {provider: count for (op_type, provider), count in found.runs.items() if op_type == name}
+        table.add_row(name, str(found.nodes[name]), str(sum(by.values())), ", ".join(by))
+    console = Console()
+    console.print(table)
+    console.print(
+        "not fused: " + ("; ".join(found.not_fused) or "nothing that could be"), highlight=False, soft_wrap=True
+    )
 
 
 def check_rows(record: dict[str, Any]) -> list[list[str]]:

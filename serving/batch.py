@@ -1,15 +1,14 @@
-"""Offline batches: rows of a JSONL file -> rows with the generated text or the label, in the order of the input."""
+"""Offline batches: rows of a JSONL file -> rows with the generated text or the answer, in the order of the input."""
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from serving.directory import BadInput
 from serving.engine import Engine
 from serving.request import QueueFull, Request, Sampling
-from serving.tasks import Classifier
+from serving.tasks import TextTask
 from serving.text import Text
 
 Row = dict[str, Any]
@@ -30,10 +29,12 @@ def check_prompt(row: Row, where: str) -> None:
 
 
 def check_text(row: Row, where: str) -> None:
-    """Raise RowError unless the row has a `text`."""
+    """Raise RowError unless the row has a `text`, and maybe a `text_pair`."""
     if not isinstance(row.get("text"), str):
         found = f"`text` is a {type(row['text']).__name__}" if "text" in row else "has no `text`"
-        raise RowError(f"{where}: {found}; expected the text to classify in it")
+        raise RowError(f"{where}: {found}; expected the text to answer about in it")
+    if not isinstance(pair := row.get("text_pair"), str | None):
+        raise RowError(f"{where}: `text_pair` is a {type(pair).__name__}; expected the text that is judged with `text`")
 
 
 def read_rows(path: Path, check: Callable[[Row, str], None] = check_prompt) -> list[Row]:
@@ -99,23 +100,21 @@ def generate(
         }
 
 
-def predict(
-    classifier: Classifier, rows: list[Row], *, on_finish: Callable[[int], None] | None = None
-) -> Iterator[Row]:
-    """Classify all rows one by one; yield `{id, label, score, scores, truncated}` in the order of the rows.
+def predict(task: TextTask, rows: list[Row], *, on_finish: Callable[[int], None] | None = None) -> Iterator[Row]:
+    """Answer all rows one by one; yield `{id, ...}` with the answer of the task in the order of the rows.
 
     `on_finish` is called with the number of finished rows. A row that the model failed on becomes `{id, error}`.
-    Raises RowError before any answer if a row is no valid text.
+    Raises RowError before any answer if a row is nothing that the model can be asked.
     """
-    encoded = []
+    questions = []
     for number, row in enumerate(rows, 1):
         try:
-            encoded.append(classifier.encode(row["text"]))
+            questions.append(task.encode(row["text"], row.get("text_pair")))
         except BadInput as error:
             raise RowError(f"row {number}: {error}") from None
-    for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), 1):
+    for number, (row, question) in enumerate(zip(rows, questions, strict=True), 1):
         try:
-            answer = asdict(classifier.answer(tokens))
+            answer = task.answer(question)
         except FloatingPointError as error:
             answer = {"error": str(error)}
         yield {"id": row.get("id", str(number)), **answer}

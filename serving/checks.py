@@ -27,16 +27,13 @@ Cases = dict[str, list[dict[str, Any]]]
 def check_text(folder: Path, cases: Cases) -> Check:
     """Compare the ids of texts and chats, and the text of ids, with the source's tokenizer: equal, or failed.
 
-    `cases` has the lists `texts`, `chats`, `decoded` and `cut` (whole rows, cut at `max_length` tokens), or some.
+    `cases` has the lists `texts`, `chats` and `decoded`, or some.
     """
     text = Text.open(folder)
     wrong = []
     for case in cases.get("texts", []):
         if text.encode(case["text"], add_special_tokens=case["add_special_tokens"]) != case["ids"]:
             wrong.append(f"encode({case['text'][:40]!r})")
-    for case in cases.get("cut", []):
-        if text.encode_cut(case["text"], case["max_length"]) != (case["ids"], case["is_cut"]):
-            wrong.append(f"encode_cut({case['text'][:40]!r}, {case['max_length']})")
     for case in cases.get("chats", []):
         if not text.has_chat_template or text.chat(case["messages"]) != case["ids"]:
             wrong.append(f"chat({case['messages'][-1]['content'][:40]!r})")

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 # The objectives whose models can be exported, and the task that each is exported for.
-TASK_OF = {"causal_lm": "causal_lm", "sft": "causal_lm", "classification": "classification"}
+TASK_OF = {
+    "causal_lm": "causal_lm",
+    "sft": "causal_lm",
+    "classification": "classification",
+    "token_classification": "token_classification",
+    "masked_lm": "masked_lm",
+}
 
 
 def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
@@ -16,7 +22,7 @@ def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
 
     What else config.json and the weights may rule out is not asked here.
     """
-    objective, problem = manifest.get("objective"), _problem(folder)
+    objective = manifest.get("objective")
     if manifest.get("strategy") == "adapter":
         why = (
             "strategy adapter cannot be exported: a bottleneck adapter cannot be merged into its base; train with "
@@ -24,10 +30,6 @@ def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
         )
     elif objective not in TASK_OF:
         why = f"objective {objective} cannot be exported; accepted: {', '.join(TASK_OF)}"
-    elif manifest.get("text_pair"):
-        why = "judges pairs of texts (data.text_pair); accepted: models of single texts"
-    elif problem not in (None, "single_label_classification"):
-        why = f"problem_type {problem} cannot be exported; accepted: single_label_classification"
     else:
         return None
     return why + how_to_ask(folder)
@@ -53,10 +55,3 @@ def instead_of_onnx(folder: Path) -> str:
         except (OSError, ValueError, AttributeError):
             continue
     return "; make one with: trivet export"
-
-
-def _problem(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("problem_type")
-    except (OSError, ValueError, AttributeError):
-        return None

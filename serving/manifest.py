@@ -9,6 +9,8 @@ from serving.session import check_provider, onnxruntime_version
 
 Manifest = dict[str, Any]
 
+_OF_TEXTS = ("inputs", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source")
+
 # What those who open a directory read of its manifest.
 FIELDS = {
     "causal_lm": (
@@ -21,9 +23,15 @@ FIELDS = {
         "end_token_ids",
         "source",
     ),
-    "classification": ("labels", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source"),
+    "classification": ("labels", *_OF_TEXTS),
+    "token_classification": ("labels", *_OF_TEXTS),
+    "masked_lm": ("mask_token", "mask_token_id", *_OF_TEXTS),
+    "embedding": _OF_TEXTS,
 }
-COMMANDS = {"causal_lm": "trivet generate", "classification": "trivet predict"}
+COMMANDS = {
+    "causal_lm": "trivet generate",
+    **dict.fromkeys(("classification", "token_classification", "masked_lm", "embedding"), "trivet predict"),
+}
 
 
 def proven_manifest(folder: Path, provider: str, task: str) -> Manifest:

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import json
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +23,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 GRAPH = "model.onnx"
+_NUMPY_TYPES = {
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16
+}  # fmt: skip
 
 # numpy has no bfloat16: its cache is made as uint16, all zeros, and bound under the number that ONNX gives the format.
 _BFLOAT16 = 16
@@ -66,7 +72,7 @@ class Session:
             if threads < 1:
                 raise BadInput(f"threads: {threads} is out of range; accepted: 1 or more, or leave it out")
             options.intra_op_num_threads = threads
-        skipped = [] if read_manifest(Path(folder), "onnx").get("dtype") == "fp32" else _SKIPPED_IN_HALF
+        skipped = _skipped(Path(folder))
         try:
             session = _start(str(Path(folder) / GRAPH), provider, options, skipped)
         except NoKernel as error:
@@ -121,6 +127,39 @@ class Session:
     def run(self, binding: Binding) -> None:
         """Run once; when this returns, the bound logits and cache rows hold the result."""
         self._session.run_with_iobinding(binding)
+
+    def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run once over memory of its own; return the outputs in the graph's order, in its number format."""
+        return self._session.run(None, dict(feeds))
+
+
+def node_providers(folder: Path, provider: str) -> Counter[tuple[str, str]]:
+    """Return how many nodes of each type each provider runs, after onnxruntime's own changes to the folder's graph.
+
+    The graph is run once, on one token, under onnxruntime's profiler.
+    """
+    check_provider(provider)
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as scratch:
+        options.profile_file_prefix = f"{scratch}/profile"
+        session = _start(str(Path(folder) / GRAPH), provider, options, _skipped(Path(folder)))
+        session.run(None, {each.name: _one_token(each) for each in session.get_inputs()})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {event["name"]: event["args"] for event in events if event.get("name", "").endswith("_kernel_time")}
+    return Counter((each["op_name"], each["provider"]) for each in ran.values())
+
+
+def _one_token(graph_input: ort.NodeArg) -> np.ndarray:
+    """Return the value of an input of the graph for one row of one token, the first of its text."""
+    shape = [size if isinstance(size, int) else 1 for size in graph_input.shape]
+    value = 1 if graph_input.name in ("total_length", "attention_mask") else 0
+    return np.full(shape, value, _NUMPY_TYPES[graph_input.type])
+
+
+def _skipped(folder: Path) -> Sequence[str]:
+    """Return which of onnxruntime's optimizers a directory's graph is opened without."""
+    return () if read_manifest(folder, "onnx").get("dtype") == "fp32" else _SKIPPED_IN_HALF
 
 
 def why_not(graph: bytes, provider: str) -> str | None:

@@ -63,12 +63,32 @@ class Text:
 
         Like transformers with `truncation=True, max_length=...`.
         """
-        room = max_length - self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        ids, _, is_cut = self.encode_pair(text, None, max_length)
+        return ids, is_cut
+
+    def encode_pair(self, text: str, pair: str | None, max_length: int) -> tuple[list[int], list[int], bool]:
+        """Return `encode_cut` of a text or of two, with the number of the text (0 or 1) that each id is of between.
+
+        Of two that are too long together the longer is cut first.
+        """
+        texts = [each for each in (text, pair) if each is not None]
+        encodings = [self._encoding(self._tokenizer, each, add_special_tokens=False) for each in texts]
+        room = max(max_length - self._tokenizer.num_special_tokens_to_add(is_pair=pair is not None), 0)
+        lengths = _cut_lengths([len(each.ids) for each in encodings], room)
+        is_cut = any(len(each.ids) > length for each, length in zip(encodings, lengths, strict=True))
+        for encoding, length in zip(encodings, lengths, strict=True):
+            encoding.truncate(length, direction=self._cut_side)
+        whole = self._tokenizer.post_process(encodings[0], encodings[1] if pair is not None else None)
+        return whole.ids, whole.type_ids, is_cut
+
+    def encode_windows(self, text: str, max_length: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return all ids of `text` in pieces of at most `max_length`, each with its special tokens around it and with
+        the characters of `text` that each id stands for; no piece where there is no id.
+        """
         encoding = self._encoding(self._tokenizer, text, add_special_tokens=False)
-        is_cut = len(encoding.ids) > room
-        if is_cut:
-            encoding.truncate(max(room, 0), direction=self._cut_side)
-        return self._tokenizer.post_process(encoding, add_special_tokens=True).ids, is_cut
+        encoding.truncate(max(max_length - self._tokenizer.num_special_tokens_to_add(is_pair=False), 1))
+        pieces = [self._tokenizer.post_process(each) for each in (encoding, *encoding.overflowing)]
+        return [(piece.ids, piece.offsets) for piece in pieces if piece.ids]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -174,6 +194,19 @@ class Stream:
         piece = self._text.decode(self._ids)[self._num_sent :]
         self._num_sent += len(piece)
         return piece
+
+
+def _cut_lengths(lengths: list[int], room: int) -> list[int]:
+    """Return how much is left of one or two texts in `room` tokens, the longest cut first, as by tokenizers."""
+    if sum(lengths) <= room:
+        return lengths
+    if len(lengths) == 1:
+        return [room]
+    shorter = min(lengths)
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room // 2 + room % 2
+    return [longer, shorter] if lengths[0] > lengths[1] else [shorter, longer]
 
 
 def _load(tokenizer_json: str) -> Tokenizer:

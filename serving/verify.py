@@ -1,7 +1,7 @@
 """Proof that an ONNX directory answers as its source did. Without torch, on the provider that will serve.
 
 The source's inputs and outputs come from reference.safetensors; what is compared depends on the task, see
-verify_decoder.py and verify_classifier.py.
+verify_decoder.py and verify_rows.py.
 """
 
 import time
@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving import verify_classifier, verify_decoder
+from serving import verify_decoder, verify_rows
 from serving.directory import BadInput, check_files, identity, read_manifest
 from serving.manifest import check_fields
 from serving.proofs import append_verification, earlier_records
 from serving.session import Session, onnxruntime_version
+from serving.tasks import TASKS
 
-RUN_CHECKS = {"causal_lm": verify_decoder.run_checks, "classification": verify_classifier.run_checks}
+RUN_CHECKS = {"causal_lm": verify_decoder.run_checks, **dict.fromkeys(TASKS, verify_rows.run_checks)}
 
 
 class VerificationFailed(BadInput):

@@ -11,14 +11,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from serving.directory import DirectoryError, read_manifest, seal, staged
-from serving.export import classifier, decoder
+from serving.export import decoder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.half import check_weights, convert, watched
+from serving.export.heads import HEADS
 from serving.export.loras import check_fits
 from serving.export.options import Options
 from serving.export.providers import provider_of_proof
-from serving.export.source import Source, find_model, open_source
+from serving.export.source import Source, check_vocabulary, find_model, open_source
 from serving.export.trace import quiet
 from serving.proof_process import prove_apart
 from serving.proofs import append_verification
@@ -30,7 +31,7 @@ __all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
 LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
 # Each has write_reference, write_graph and write_settings.
-EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, "classification": classifier}
+EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, **dict.fromkeys(HEADS, rows)}
 
 
 def export_model(
@@ -60,6 +61,7 @@ def export_model(
         exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
+        check_vocabulary(model, tokenizer, opened)
         check_weights(model, options.dtype)
     with staged(onnx_dir) as folder:
         report("running the source model")

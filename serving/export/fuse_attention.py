@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from serving.export.fuse_linear import packed
-from serving.export.patterns import MICROSOFT, ints, made_by, nodes_of, number, numbers, operands, put, same_shape
+from serving.export.patterns import MICROSOFT, ints, made_by, nodes_of, number, operands, put, same_shape
 
 
 def rotaries(model: ir.Model, context_length: int) -> None:
@@ -114,11 +114,10 @@ def _sliced(value: ir.Value | None) -> Slice | None:
         return None
     whole = node.inputs[0]
     if node.op_type == "Split":
-        sizes, axis = numbers(node.inputs[1]) if len(node.inputs) > 1 else None, node.attributes["axis"].as_int()
-        if sizes is None or axis not in (-1, len(node.inputs[0].shape) - 1):
+        if node.attributes["axis"].as_int() not in (-1, len(node.inputs[0].shape) - 1):
             return None
-        before = int(sizes[: value.index()].sum())
-        return Slice(whole, before, before + int(sizes[value.index() or 0]))
+        before = sum(_last_size(each) for each in node.outputs[: value.index()])
+        return Slice(whole, before, before + _last_size(value))
     start, end, along, step = (number(each) for each in (*node.inputs[1:], None)[:4])
     if start is None or end is None or along not in (-1, len(node.inputs[0].shape) - 1) or step not in (None, 1):
         return None

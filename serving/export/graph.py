@@ -93,9 +93,8 @@ def _example(step: Step, source: Source, layers: Sequence[int]) -> Example:
     step.traced = layers
     batch, tokens, length, kept = 2, 3, 16, 2  # all different from 1, which the tracer would take for a constant
     kv = source.layers[0]
-    past = [
-        torch.zeros(batch, kv.num_kv_heads, length, kv.head_dim, dtype=step.model.dtype) for _ in range(2 * len(layers))
-    ]
+    shape, dtype = (batch, kv.num_kv_heads, length, kv.head_dim), step.model.dtype
+    past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * len(layers))]
     inputs = {
         "input_ids": torch.ones(batch, tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens).repeat(batch, 1),

@@ -7,45 +7,34 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
 from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
 from serving.export.adapters import CONFIG, Adapter
 from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
+from serving.export.heads import AUTO_CLASSES, accepted_classes
+from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
+from serving.tasks.classifier import NUMBER, SEVERAL, SINGLE
 
-# How transformers loads the models of each task that can be exported.
-AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
-MAPPINGS = {
-    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-}
-MIN_CONTEXT_LENGTH = {"causal_lm": 64, "classification": 8}
+MIN_CONTEXT_LENGTH = {"causal_lm": 64}  # of the others 8: a word between its special tokens
 
 # These change the frequencies with the length of the whole text, also for keys that are already in the cache.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+FEWEST_LABELS = {SINGLE: 2, SEVERAL: 1, NUMBER: 1}
 
 
 @dataclass(frozen=True)
 class Source:
     """A model directory that can be exported.
 
-    `layers`: what each layer of a decoder for text caches; a classifier caches nothing. `trained_length`: the longest
-    row that a Trivet run trained on, None where that is not known. `loras`: the adapters that are kept beside it.
+    `layers`: what each layer of a decoder for text caches; the other tasks cache nothing. `trained_length`: the longest
+    row that a Trivet run trained on, None where that is not known. `text_pair`: whether it judges pairs of texts:
+    always or never, as a Trivet run was trained; either, where nothing is known. `pooling`: of an embedding model.
+    `loras`: the adapters that are kept beside it.
     """
 
     folder: Path
@@ -54,13 +43,20 @@ class Source:
     architecture: str
     layers: list[KvShape]
     trained_length: int | None
+    text_pair: str
+    pooling: Pooling | None
     provenance: dict[str, Any]
     loras: tuple[Adapter, ...] = ()
 
     @property
     def labels(self) -> list[str]:
-        """The names of a classifier's labels, in the order of its logits."""
+        """The names of a head's labels, in the order of its logits."""
         return [self.config.id2label[number] for number in range(self.config.num_labels)]
+
+    @property
+    def problem(self) -> str:
+        """What a classifier says of a text: one label, several, or a number; transformers' words for it."""
+        return getattr(self.config, "problem_type", None) or SINGLE
 
     def load(self) -> PreTrainedModel:
         """Return the untouched model in fp32 with its own plain attention, ready to evaluate.
@@ -82,11 +78,14 @@ class Source:
             reason = str(error).splitlines()[0]
             raise ExportError(f"{self.folder}: its weights cannot be read ({reason}); save the model again") from None
         wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
+        if self.pooling is not None:
+            wrong = {name for name in wrong if not name.startswith("pooler.")}  # which is not what its vectors are of
         if wrong:
             named = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             raise ExportError(
                 f"{self.folder}: its weights lack {named}, or hold another shape of it; save the model again"
             )
+        _check_numbers(self.folder, model)
         return model.eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,18 +123,19 @@ def open_source(path: Path) -> Source:
             f"{folder}/config.json: transformers cannot read it ({reason}); save the model again"
         ) from None
     task, architecture = _check_config(folder, config)
-    layers = []
-    if task == "causal_lm":
-        layers = probe(folder, config)
-    else:
-        _check_labels(folder, config)
+    layers = probe(folder, config) if task == "causal_lm" else []
+    pooling = read_pooling(folder) if task == "embedding" else None
+    if task in ("classification", "token_classification"):
+        _check_labels(folder, config, task)
     facts = manifest or {}
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
     provenance["sha256"] = fingerprint(folder)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
-    return Source(folder, task, config, architecture, layers, facts.get("max_length"), provenance)
+    trained_length = pooling.max_length if pooling else facts.get("max_length")
+    text_pair = _text_pair(task, manifest)
+    return Source(folder, task, config, architecture, layers, trained_length, text_pair, pooling, provenance)
 
 
 def find_model(path: Path) -> Path:
@@ -184,40 +184,71 @@ def _check_config(folder: Path, config: PreTrainedConfig) -> tuple[str, str]:
     """Return the task and the architecture's name; raise ExportError for what config.json alone rules out."""
     where = folder / "config.json"
     architecture = (getattr(config, "architectures", None) or ["none"])[0]
-    accepted = {task: mapping[type(config)].__name__ for task, mapping in MAPPINGS.items() if type(config) in mapping}
+    accepted = accepted_classes(config)
     if not accepted:
-        raise ExportError(f"{where}: model_type {config.model_type!r} is neither a language model nor a classifier")
-    if architecture not in accepted.values():
-        raise ExportError(
-            f"{where}: architecture {architecture} cannot be exported; accepted here: {', '.join(accepted.values())}"
-        )
-    task = next(task for task, name in accepted.items() if name == architecture)
+        raise ExportError(f"{where}: model_type {config.model_type!r} is neither a language model nor an encoder")
+    task = next((task for task, names in accepted.items() if architecture in names), None)
+    if task is None:
+        names = ", ".join(name for names in accepted.values() for name in names)
+        raise ExportError(f"{where}: architecture {architecture} cannot be exported; accepted here: {names}")
+    if config.is_encoder_decoder:
+        raise ExportError(f"{where}: {config.model_type} is an encoder-decoder; accepted: encoders and decoders")
     if getattr(config, "quantization_config", None):
         raise ExportError(f"{where}: the weights are quantized; export the unquantized model")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise ExportError(f"{where}: rope_type {rope_type!r} changes with the text's length and cannot be exported")
-    if task == "causal_lm" and not MAPPINGS[task][type(config)]._supports_attention_backend:
+    if task == "causal_lm" and not AUTO_CLASSES[task]._model_mapping[type(config)]._supports_attention_backend:
         raise ExportError(refusal(folder, config))
-    context_length, shortest = getattr(config, "max_position_embeddings", None), MIN_CONTEXT_LENGTH[task]
+    context_length, shortest = getattr(config, "max_position_embeddings", None), MIN_CONTEXT_LENGTH.get(task, 8)
     if not context_length or context_length < shortest:
         raise ExportError(f"{where}: max_position_embeddings {context_length}; accepted: {shortest} or more")
     return task, architecture
 
 
-def _check_labels(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise ExportError for a classifier whose answer is not one of two or more labels, or cannot be batched."""
+def _check_labels(folder: Path, config: PreTrainedConfig, task: str) -> None:
+    """Raise ExportError for a head whose answers have no names, or cannot be batched."""
     where = folder / "config.json"
-    problem = getattr(config, "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise ExportError(f"{where}: problem_type {problem} cannot be exported; accepted: single_label_classification")
-    if config.is_encoder_decoder:
-        raise ExportError(f"{where}: {config.model_type} is an encoder-decoder; accepted: encoders and decoders")
+    problem = getattr(config, "problem_type", None) if task == "classification" else None
+    problem = problem or SINGLE
+    if problem not in FEWEST_LABELS:
+        raise ExportError(f"{where}: problem_type {problem!r} is unknown; accepted: {', '.join(FEWEST_LABELS)}")
     names = set(config.id2label.values())
-    if len(names) < 2 or len(names) != config.num_labels or sorted(config.id2label) != list(range(config.num_labels)):
+    right = len(names) == 1 if problem == NUMBER else len(names) >= FEWEST_LABELS[problem]
+    if not right or len(names) != config.num_labels or sorted(config.id2label) != list(range(config.num_labels)):
+        wanted = {NUMBER: "one", SEVERAL: "one or more"}.get(problem, "two or more")
+        hint = "; of one: problem_type regression or multi_label_classification" if problem == SINGLE else ""
         raise ExportError(
             f"{where}: id2label has {len(names)} names for {config.num_labels} outputs, numbered "
-            f"{', '.join(map(str, config.id2label))}; accepted: two or more, numbered from 0, each name once"
+            f"{', '.join(map(str, config.id2label))}; accepted: {wanted}, numbered from 0, each name once{hint}"
         )
-    if config.pad_token_id is None:
+    if task == "classification" and config.pad_token_id is None:
         raise ExportError(f"{where}: has no pad_token_id; set it to the token that texts were padded with in training")
+
+
+def _text_pair(task: str, manifest: dict[str, Any] | None) -> str:
+    """Return whether the model judges pairs of texts."""
+    if task != "classification":
+        return "never"
+    if manifest is None:
+        return "either"
+    return "always" if manifest.get("text_pair") else "never"
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+    """Raise ExportError where the tokenizer gives ids that the model has no embedding for."""
+    entries, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if needed > entries:
+        raise ExportError(
+            f"{source.folder}: its tokenizer has {needed} entries, but the model embeds {entries}; "
+            "save the tokenizer that it was trained with"
+        )
+
+
+def _check_numbers(folder: Path, model: PreTrainedModel) -> None:
+    """Raise ExportError where a weight is no finite number, if only for a token that no text of the proof has."""
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ExportError(
+                f"{folder}: its weight {name} holds NaN or infinity; its training diverged: export an earlier one"
+            )

@@ -22,6 +22,8 @@ from serving.request import Sampling
 from serving.server.app import MAX_BODY_BYTES, build_app
 from serving.server.auth import check_keys
 from serving.task_engine import TaskEngine
+from serving.tasks import TASKS
+from serving.tasks.classifier import SINGLE
 from serving.text import Text
 
 MAX_OPEN_CONNECTIONS = 2048
@@ -73,9 +75,16 @@ def serve(
 
 
 def _open_engine(folder: Path, **settings: Any) -> Engine | TaskEngine:
-    """Open the directory with the engine of its task. Raises BadInput."""
-    is_classifier = read_manifest(folder, "onnx").get("task") == "classification"
-    return TaskEngine.open(folder, **settings) if is_classifier else Engine.open(folder, **settings)
+    """Open the directory with the engine of its task. Raises BadInput, also for a task that has no endpoint."""
+    manifest = read_manifest(folder, "onnx")
+    task = manifest.get("task")
+    what = f"{manifest.get('problem_type', SINGLE)} of {'pairs' if manifest.get('text_pair') == 'always' else 'texts'}"
+    if task in TASKS and (task != "classification" or what != f"{SINGLE} of texts"):
+        raise BadInput(
+            f"{folder}: its task is {task}{f' ({what})' if task == 'classification' else ''}, which has no endpoint; "
+            f"served are text generation and texts with one label; use: trivet predict {folder}"
+        )
+    return TaskEngine.open(folder, **settings) if task == "classification" else Engine.open(folder, **settings)
 
 
 @contextlib.contextmanager

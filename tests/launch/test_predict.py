@@ -59,14 +59,14 @@ def test_a_file_of_rows_is_labelled_in_order_with_its_ids(onnx_dir, rows, tmp_pa
 def test_a_row_that_the_model_fails_on_has_an_error_and_the_others_their_label(
     onnx_dir, rows, tmp_path, trivet, monkeypatch
 ):
-    import serving.tasks
+    from serving.tasks import task
 
-    real = serving.tasks.padded_logits
+    real = task.run_rows
 
-    def broken(session, manifest, batch):
-        return real(session, manifest, batch) * (np.nan if len(batch[0]) == 1 else 1)
+    def broken(session, manifest, rows):
+        return [logits * (np.nan if len(rows[0].ids) == 1 else 1) for logits in real(session, manifest, rows)]
 
-    monkeypatch.setattr(serving.tasks, "padded_logits", broken)
+    monkeypatch.setattr(task, "run_rows", broken)
     code, _, err = trivet("predict", onnx_dir, "--input", rows, "--output", tmp_path / "out.jsonl")
     assert code == 1
     assert "error: 2 of 4 rows failed: the model's logits are not finite" in err
@@ -80,10 +80,14 @@ def test_a_row_that_the_model_fails_on_has_an_error_and_the_others_their_label(
         ([], "--text, --input: give exactly one of them"),
         (["--text", "x", "--input", "in.jsonl"], "--text, --input: give exactly one of them"),
         (["--input", "nowhere.jsonl"], "--input: nowhere.jsonl cannot be read"),
-        (["--input", "bad.jsonl"], "bad.jsonl, line 2: has no `text`; expected the text to classify in it"),
+        (["--input", "bad.jsonl"], "bad.jsonl, line 2: has no `text`; expected the text to answer about in it"),
         (["--input", "number.jsonl"], "number.jsonl, line 1: `text` is a int; expected the text"),
         (["--input", "list.jsonl"], "list.jsonl, line 1: is a list; expected an object"),
         (["--text", "x", "--provider", "cuda"], "cuda"),
+        (["--text", "x", "--text-pair", "y"], "text_pair: found, but this model takes single texts; leave it out"),
+        (["--input", "pair.jsonl"], "pair.jsonl, line 1: `text_pair` is a int; expected the text that is judged"),
+        (["--input", "bad.jsonl", "--text-pair", "y"], "--text-pair: goes with --text; in a file it is each row's"),
+        (["--text", "x", "--top-k", "3"], "--top-k: 3 found, but the task of "),
         (["--text", "x", "--output", "."], "--output: . is a folder"),
     ],
 )
@@ -92,6 +96,7 @@ def test_bad_input_is_one_line_and_writes_nothing(onnx_dir, tmp_path, monkeypatc
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"prompt": "x"}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
     (tmp_path / "list.jsonl").write_text("[]\n")
+    (tmp_path / "pair.jsonl").write_text('{"text": "x", "text_pair": 5}\n')
     before = sorted(tmp_path.iterdir())
     code, out, err = trivet("predict", onnx_dir, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)

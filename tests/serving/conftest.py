@@ -39,20 +39,36 @@ def _tiny_config(kind: str, **changes):
     return getattr(transformers, name)(**{**tokens, **sizes, **changes})
 
 
+ENCODERS = {
+    "bert": "BertConfig",
+    "roberta": "RobertaConfig",
+    "distilbert": "DistilBertConfig",
+    "electra": "ElectraConfig",
+}
+
+
+def _named(*labels: str) -> dict:
+    """Return what a config says of labels."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
 def _classifier_config(kind: str, **changes):
-    """Return the config of a classifier with three labels: a decoder's, or of two encoders."""
+    """Return the config of a classifier with three labels: a decoder's, or an encoder's."""
     import transformers
 
-    labels = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}
-    if kind not in ("bert", "roberta"):
-        return _tiny_config(kind, **labels, **changes)
+    labels = _named("bad", "so-so", "good")
+    if kind not in ENCODERS:
+        return _tiny_config(kind, **labels | changes)
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 64, "max_position_embeddings": 130, "pad_token_id": 1 if kind == "roberta" else 0}
-    name = {"bert": "BertConfig", "roberta": "RobertaConfig"}[kind]
-    return getattr(transformers, name)(**{**sizes, **labels, **changes})
+    if kind == "distilbert":  # which reads but its own names
+        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    if kind == "electra":
+        sizes |= {"embedding_size": 16}
+    return getattr(transformers, ENCODERS[kind])(**{**sizes, **labels, **changes})
 
 
-def _make_tokenizer(vocab_size: int = VOCAB_SIZE, text: str | None = None):
+def _make_tokenizer(vocab_size: int = VOCAB_SIZE, text: str | None = None, **settings):
     """Return a byte-level BPE tokenizer trained on `text`, with end, turn and pad tokens and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -71,6 +87,7 @@ def _make_tokenizer(vocab_size: int = VOCAB_SIZE, text: str | None = None):
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=["<|im_start|>"],
+        **settings,
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
@@ -87,9 +104,40 @@ def _save_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
 
 def _save_classifier(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
     """Save a random classifier of `kind` and its tokenizer to `folder` and return it."""
-    from transformers import AutoModelForSequenceClassification
+    return _save_text_model(folder, kind, "label", seed, **changes)
 
-    return _save(folder, AutoModelForSequenceClassification.from_config(_classifier_config(kind, **changes)), seed)
+
+# What is asked of a model over texts: the class of transformers, and what its config says.
+_TEXT_MODELS: dict[str, tuple[str, dict]] = {
+    "label": ("AutoModelForSequenceClassification", {}),
+    "pair": ("AutoModelForSequenceClassification", {}),
+    "labels": ("AutoModelForSequenceClassification", {"problem_type": "multi_label_classification"}),
+    "number": ("AutoModelForSequenceClassification", {"problem_type": "regression", **_named("stars")}),
+    "tags": ("AutoModelForTokenClassification", _named("B-PER", "I-PER", "O")),
+    "masks": ("AutoModelForMaskedLM", {}),
+    "vector": ("AutoModel", {}),
+}
+
+
+def _save_text_model(folder: Path, kind: str, asked: str, seed: int = 0, **changes) -> Path:
+    """Save a random model of `kind` for what is `asked` of it, and its tokenizer, to `folder` and return it."""
+    import transformers
+
+    name, says = _TEXT_MODELS[asked]
+    config = _classifier_config(kind, **says | changes)
+    _save(folder, getattr(transformers, name).from_config(config), seed)
+    if asked == "vector":
+        modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+        lines = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules.items()]
+        (folder / "modules.json").write_text(json.dumps(lines))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    if asked == "pair" and kind not in ENCODERS:  # as the trainer seals it
+        from serving.directory import seal
+
+        facts = {"labels": ["bad", "so-so", "good"], "strategy": "full", "base_model": None, "step": 1}
+        seal(folder, "model", objective="classification", text_pair=True, max_length=40, **facts)
+    return folder
 
 
 def _save(folder: Path, model, seed: int) -> Path:
@@ -101,8 +149,9 @@ def _save(folder: Path, model, seed: int) -> Path:
             if parameter.dim() >= 2:  # wide enough that the answers depend on the context
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
-    tokenizer = _make_tokenizer()
-    if model.config.model_type in ("bert", "roberta"):
+    types = ["token_type_ids"] if model.config.model_type in ("bert", "electra") else []
+    tokenizer = _make_tokenizer(model_input_names=["input_ids", *types, "attention_mask"])
+    if model.config.model_type in ENCODERS:
         _add_special_tokens_around(tokenizer)
     tokenizer.save_pretrained(folder)
     return folder
@@ -113,8 +162,11 @@ def _add_special_tokens_around(tokenizer) -> None:
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
     )
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
 
 
 def _reseal(folder: Path, **changes) -> None:
@@ -235,6 +287,29 @@ def classifier(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
             folders[kind] = _save_classifier(folder / kind, kind), folder / "onnx"
             export_model(*folders[kind])
         return folders[kind]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def save_text_model():
+    """The function that saves a random model over texts with its tokenizer."""
+    return _save_text_model
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Callable[[str, str], tuple[Path, Path]]:
+    """Return a function from (kind, what is asked) to a model directory and its ONNX directory, to be read only."""
+    folders: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def of(kind: str, asked: str) -> tuple[Path, Path]:
+        if (kind, asked) not in folders:
+            from serving.export import export_model
+
+            folder = tmp_path_factory.mktemp("texts")
+            folders[kind, asked] = _save_text_model(folder / kind, kind, asked), folder / "onnx"
+            export_model(*folders[kind, asked])
+        return folders[kind, asked]
 
     return of
 

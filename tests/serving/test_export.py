@@ -170,8 +170,8 @@ def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
     ("changes", "message"),
     [
         (
-            {"architectures": ["LlamaForTokenClassification"]},
-            "accepted here: LlamaForCausalLM, LlamaForSequenceClassification",
+            {"architectures": ["LlamaForQuestionAnswering"]},
+            "accepted here: LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel",
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -215,31 +215,29 @@ def test_an_objective_that_is_not_the_models_is_refused(tmp_path, tiny_config):
     source = bare_model(tmp_path / "model", tiny_config("llama"))
     seal(source, "model", objective="classification", labels=["a"], strategy="full", base_model=None, step=1)
     refused(source, tmp_path, r"trivet\.json says classification, but config\.json LlamaForCausalLM")
-    for objective in ("masked_lm", "token_classification", "seq2seq"):
-        seal(source, "model", objective=objective, labels=None, strategy="full", base_model=None, step=1)
-        refused(source, tmp_path, f"objective {objective} cannot be exported; accepted: causal_lm, sft, classification")
-
-
-def test_a_model_that_judges_pairs_of_texts_is_refused(tmp_path, classifier_config):
-    """It would be asked about single texts, which it never saw."""
-    source = bare_model(
-        tmp_path / "model", classifier_config("llama"), architectures=["LlamaForSequenceClassification"]
-    )
-    facts = {"labels": ["a", "b"], "strategy": "full", "base_model": None, "step": 1}
-    seal(source, "model", objective="classification", text_pair=True, **facts)
-    refused(source, tmp_path, r"judges pairs of texts \(data\.text_pair\); accepted: models of single texts")
+    seal(source, "model", objective="seq2seq", labels=None, strategy="full", base_model=None, step=1)
+    accepted = "causal_lm, sft, classification, token_classification, masked_lm"
+    refused(source, tmp_path, f"objective seq2seq cannot be exported; accepted: {accepted}")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "problem_type multi_label_classification cannot be exported"),
-        ({"problem_type": "regression", "id2label": {"0": "stars"}}, "problem_type regression cannot be exported"),
-        ({"id2label": {"0": "only"}}, "id2label has 1 names for 1 outputs, numbered 0; accepted: two or more"),
+        (
+            {"problem_type": "ranking"},
+            "problem_type 'ranking' is unknown; accepted: single_label_classification, multi",
+        ),
+        ({"problem_type": "regression"}, "id2label has 3 names for 3 outputs, numbered 0, 1, 2; accepted: one, "),
+        (
+            {"id2label": {"0": "only"}},
+            "id2label has 1 names for 1 outputs, numbered 0; accepted: two or more, numbered from 0, each name once; "
+            "of one: problem_type regression or multi_label_classification",
+        ),
         ({"id2label": {"0": "a", "5": "b"}}, "id2label has 2 names for 2 outputs, numbered 0, 5; accepted"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label has 1 names for 2 outputs"),
         ({"pad_token_id": None}, "has no pad_token_id; set it"),
-        ({"architectures": ["LlamaForTokenClassification"]}, "cannot be exported; accepted here"),
+        ({"architectures": ["LlamaForQuestionAnswering"]}, "cannot be exported; accepted here"),
+        ({"architectures": ["LlamaForTokenClassification"], "id2label": {"0": "O"}}, "id2label has 1 names"),
     ],
 )
 def test_a_classifier_that_cannot_be_exported_is_refused(tmp_path, classifier_config, changes, message):
@@ -257,29 +255,103 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 
 def test_rows_that_the_source_itself_cannot_read_are_refused(save_classifier, tmp_path, monkeypatch):
     source = save_classifier(tmp_path / "model", "roberta")  # whose table of 130 positions is for 128 tokens
-    monkeypatch.setattr("serving.export.classifier._context_length", lambda model, source: 130)
+    monkeypatch.setattr("serving.export.rows._context_length", lambda model, source: 130)
     refused(source, tmp_path, "cannot read rows of up to 130 tokens")
 
 
 def test_a_model_that_cannot_be_traced_is_refused(save_classifier, tmp_path, monkeypatch):
-    from serving.export.classifier import Logits
+    from serving.export.rows import Rows
 
     def by_content(self, input_ids, attention_mask):
         return self.model(input_ids[: int(input_ids.sum())]).logits
 
     source = save_classifier(tmp_path / "model", "gpt2")
-    monkeypatch.setattr(Logits, "forward", by_content)
+    monkeypatch.setattr(Rows, "forward", by_content)
     refused(source, tmp_path, "GPT2ForSequenceClassification cannot be traced into a graph")
 
 
-def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(save_classifier, tmp_path):
-    source = save_classifier(tmp_path / "model", "gpt2", vocab_size=270)
+@pytest.mark.parametrize("save", ["save_classifier", "save_model"])
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(save, request, tmp_path):
+    source = request.getfixturevalue(save)(tmp_path / "model", "gpt2", vocab_size=270)
     refused(source, tmp_path, r"its tokenizer has \d+ entries, but the model embeds 270")
 
 
-def test_an_encoder_without_a_head_for_labels_is_refused(tmp_path, classifier_config):
+@pytest.mark.parametrize(("kind", "asked"), [("llama", None), ("distilbert", "masks")])
+def test_a_weight_that_is_no_number_is_refused_by_name(kind, asked, save_model, save_text_model, tmp_path):
+    """The weight is that of a token which no text of the proof has: comparing answers alone would not find it."""
+    from safetensors.torch import load_file, save_file
+
+    source = save_text_model(tmp_path / "model", kind, asked) if asked else save_model(tmp_path / "model", kind)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    tensors[name][-1, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, tmp_path, f"its weight {name} holds NaN or infinity; its training diverged")
+
+
+def test_a_model_without_a_token_to_pad_with_is_refused(save_text_model, tmp_path):
+    source = save_text_model(tmp_path / "model", "llama", "tags", pad_token_id=None)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    refused(source, tmp_path, r"neither its config.json nor its tokenizer names a pad token; name one")
+
+
+def test_a_masked_model_whose_tokenizer_has_no_mask_is_refused(save_text_model, tmp_path):
+    source = save_text_model(tmp_path / "model", "bert", "masks")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"mask_token": None}))
+    refused(source, tmp_path, "its tokenizer has no mask token; save the one that it was trained with")
+
+
+POOLED = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "m.Pooling", "path": "1_Pooling"}]
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        (
+            None,
+            {},
+            "no modules.json says how to pool it; accepted: sentence-transformers' modules.json of a Transformer",
+        ),
+        ([*POOLED, {"type": "m.Dense", "path": "2"}], {}, "Transformer, Pooling, Dense found; accepted"),
+        ({"a": 1}, {}, "modules.json: is no list of modules"),
+        ([POOLED[0] | {"path": "0_T"}, POOLED[1]], {}, "its Transformer is in .*0_T; accepted"),
+        (POOLED, {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens; accepted: cls or mean"),
+        (
+            POOLED,
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "pools by cls and mean; accepted: cls or mean",
+        ),
+        (POOLED, {"pooling_mode": "lasttoken"}, "pools by lasttoken; accepted: cls or mean"),
+    ],
+)
+def test_an_encoder_without_a_head_that_is_pooled_otherwise_is_refused(
+    tmp_path, classifier_config, modules, pooling, message
+):
     source = bare_model(tmp_path / "model", classifier_config("bert"), architectures=["BertModel"])
-    refused(source, tmp_path, "architecture BertModel cannot be exported; accepted here: .*BertForSequenceClass")
+    if modules is not None:
+        (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    refused(source, tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case; put it into the tokenizer instead"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "query"}', "default_prompt_name 'query'"),
+        ("sentence_bert_config.json", "{", "sentence_bert_config.json: cannot be read"),
+    ],
+)
+def test_what_sentence_transformers_does_to_texts_before_them_is_refused(
+    tmp_path, classifier_config, name, content, message
+):
+    source = bare_model(tmp_path / "model", classifier_config("bert"), architectures=["BertModel"])
+    (source / "modules.json").write_text(json.dumps(POOLED))
+    (source / name).write_text(content)
+    refused(source, tmp_path, message)
 
 
 def test_the_engine_reads_what_the_export_wrote(onnx_dir):

@@ -1,4 +1,4 @@
-"""A classifier's proof: what the directory says, and faults put into it one at a time, each of which must be seen."""
+"""The proof of models over texts: what the directory says, and faults put into it one at a time, all to be seen."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving import verify_classifier
-from serving.directory import check_files, read_manifest
+from serving import verify_rows
+from serving.directory import DirectoryError, check_files, read_manifest
 from serving.export import VerificationFailed, export_model
-from serving.tasks import Classifier
+from serving.tasks import Classifier, Embedder, MaskFiller, Tagger
 from serving.verify import verify
-from serving.verify_classifier import Reference
+from serving.verify_rows import Reference, compare
 
-CHECKS = ["text", "logits_one_by_one", "logits_padded_batch", "labels"]
+CHECKS = ["text", "rows", "logits_one_by_one", "logits_padded_batch", "answers"]
 
 
 @pytest.fixture
@@ -52,15 +52,15 @@ def test_the_directory_says_what_a_server_must_know(classifier):
 
 def test_a_sound_directory_passes_and_the_reference_holds_ragged_texts(classifier, spoilt):
     reference = Reference.load(classifier("llama")[1])
-    lengths = [len(row) for row in reference.rows]
+    lengths = [len(row.ids) for row in reference.rows]
     assert (min(lengths), max(lengths)) == (1, 256)
     assert len(set(lengths)) > 8
-    assert reference.texts[0] == ""
-    assert [case["is_cut"] for case in reference.cases["cut"]] == [False] * (len(lengths) - 1) + [True]
-    assert any(row[-1] == 0 for row in reference.rows), "no text ends in the token that also pads"
+    assert reference.questions[0]["text"] == ""
+    assert [case["is_cut"] for case in reference.questions] == [False] * (len(lengths) - 1) + [True]
+    assert any(row.ids[-1] == 0 for row in reference.rows), "no text ends in the token that also pads"
     record = verify(spoilt("llama"))
     assert list(record["checks"]) == CHECKS
-    for name in CHECKS[1:]:
+    for name in CHECKS[2:]:
         assert 0 < record["checks"][name]["max_abs_diff"] < record["checks"][name]["tolerance"] / 50
 
 
@@ -84,7 +84,7 @@ def test_a_matrix_that_is_one_per_cent_too_large_is_seen(spoilt, change_graph, f
         )
 
     change_graph(folder := spoilt("llama"), scale_one)
-    assert failures(folder)[:2] == ["logits_one_by_one", "logits_padded_batch"]
+    assert failures(folder)[:2] == CHECKS[2:4]
 
 
 def test_another_pooled_token_is_seen(spoilt, change_graph, failures):
@@ -93,7 +93,7 @@ def test_another_pooled_token_is_seen(spoilt, change_graph, failures):
         node.op_type = "ArgMin"
 
     change_graph(folder := spoilt("llama"), pool_the_first)
-    assert failures(folder) == CHECKS[1:]
+    assert failures(folder) == CHECKS[2:]
 
 
 def test_another_padding_token_is_seen(spoilt, reseal, failures):
@@ -116,18 +116,18 @@ def test_an_ignored_attention_mask_is_seen(spoilt, change_graph, failures):
 
 def test_swapped_labels_are_seen(spoilt, reseal, failures):
     reseal(folder := spoilt("llama"), labels=["good", "so-so", "bad"])
-    assert failures(folder) == ["labels"]
+    assert failures(folder) == ["answers"]
     records = json.loads((folder / "verification.json").read_text())["records"]
     assert "the labels are ['good', 'so-so', 'bad'], not ['bad', 'so-so', 'good']" in records[-1]["reason"]
 
 
 def test_another_cut_or_stand_in_is_seen(spoilt, reseal, failures):
     reseal(folder := spoilt("llama"), empty_text_ids=[7])
-    assert failures(folder) == ["labels"]
+    assert failures(folder) == ["rows", "answers"]
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": "left"}))
     reseal(folder, empty_text_ids=[2])
-    assert failures(folder) == ["text", "labels"]
+    assert failures(folder) == ["rows", "answers"]
 
 
 def test_another_tokenizer_is_seen(spoilt, reseal, failures, make_tokenizer):
@@ -148,17 +148,16 @@ def test_a_weight_that_is_no_number_is_a_failed_proof(spoilt, change_graph, fail
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
     change_graph(folder := spoilt("llama"), poison)
-    assert failures(folder) == CHECKS[1:]
+    assert failures(folder) == CHECKS[2:]
 
 
 def label_check(monkeypatch, onnx_dir: Path, margin: float) -> dict:
-    """Return the check of labels where the source's label of one text lies `margin` below another one."""
+    """Return the check of answers where the source gave one text another label, by `margin`."""
     reference = Reference.load(onnx_dir)
-    row_L = reference.logits_NL[3]
-    found, runner_up = np.argsort(row_L)[::-1][:2]
-    row_L[found], row_L[runner_up] = row_L[runner_up], row_L[runner_up] + np.float32(margin)
-    monkeypatch.setattr(Reference, "tolerance", 1e9)  # labels alone
-    return verify_classifier.check_labels(Classifier.open(onnx_dir), reference)
+    case = reference.questions[3]
+    case["answer"]["label"] = next(label for label in reference.labels if label != case["answer"]["label"])
+    case["margin"] = margin
+    return verify_rows.check_answers(Classifier.open(onnx_dir), reference)
 
 
 def test_a_wrong_label_is_excused_and_counted_where_the_source_has_a_near_tie(monkeypatch, classifier):
@@ -169,17 +168,103 @@ def test_a_wrong_label_is_excused_and_counted_where_the_source_has_a_near_tie(mo
 def test_a_wrong_label_is_not_excused_elsewhere(monkeypatch, classifier):
     check = label_check(monkeypatch, classifier("llama")[1], margin=2e-4)
     assert (check["passed"], check["near_ties"], check["mismatches"]) == (False, 0, 1)
+    assert "1 differences, first: 'The library reads the file': label is 'good', not 'bad'" in check["found"]
+
+
+def test_the_margin_is_that_of_the_sources_two_best_logits(classifier, source_logits):
+    model_dir, onnx_dir = classifier("llama")
+    questions = Reference.load(onnx_dir).questions[:6]
+    logits_NL = np.array(source_logits(model_dir, [case["text"] for case in questions], 256))
+    second, first = np.sort(logits_NL)[:, -2:].T
+    np.testing.assert_allclose([case["margin"] for case in questions], first - second, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "difference", "place"),
+    [
+        ({"label": "a", "score": 0.5, "more": 1}, {"label": "a", "score": 0.25}, 0.25, ""),
+        ({"words": [{"tag": "O"}, {"tag": "X"}]}, {"words": [{"tag": "O"}, {"tag": "O"}]}, 0.0, "words[1].tag is 'X'"),
+        ({"words": [1]}, {"words": [1, 2]}, 0.0, "words is [1], not [1, 2]"),
+        ({"label": "a"}, {"labels": ["a"]}, 0.0, "it is {'label': 'a'}"),
+        ([1.0, float("nan")], [1.0, 0.5], float("inf"), ""),
+    ],
+)
+def test_answers_are_compared_name_by_name_and_number_by_number(found, expected, difference, place):
+    number, where = compare(found, expected)
+    assert (number, where.startswith(place), bool(where)) == (difference, True, bool(place))
+
+
+def spoilt_tags(text_model, tmp_path) -> Path:
+    return Path(shutil.copytree(text_model("distilbert", "tags")[1], tmp_path / "onnx"))
+
+
+def test_swapped_tags_are_seen(text_model, tmp_path, reseal, failed_checks):
+    folder = spoilt_tags(text_model, tmp_path)
+    reseal(folder, labels=["I-PER", "B-PER", "O"])
+    assert failed_checks(folder, Tagger) == ["answers"]
+
+
+def test_another_mask_token_is_seen(text_model, tmp_path, reseal, failed_checks):
+    folder = Path(shutil.copytree(text_model("roberta", "masks")[1], tmp_path / "onnx"))
+    reseal(folder, mask_token_id=7)
+    assert failed_checks(folder, MaskFiller) == ["rows", "logits_one_by_one", "logits_padded_batch", "answers"]
+
+
+def test_token_types_that_are_left_at_zero_are_seen(text_model, tmp_path, change_graph, failed_checks):
+    import onnx
+
+    def forget_types(graph):
+        for node in graph.node:
+            node.input[:] = ["no_types" if name == "token_type_ids" else name for name in node.input]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "zero"))
+        graph.node.insert(0, onnx.helper.make_node("Mul", ["token_type_ids", "zero"], ["no_types"]))
+
+    folder = Path(shutil.copytree(text_model("bert", "label")[1], tmp_path / "onnx"))
+    change_graph(folder, forget_types)
+    assert failed_checks(folder, Classifier) == ["logits_one_by_one", "logits_padded_batch", "answers"]
+
+
+def test_vectors_that_take_in_the_padding_are_seen(text_model, tmp_path, change_graph, failed_checks):
+    import onnx
+
+    def pool_all(graph):
+        [cast] = [node for node in graph.node if node.op_type == "Cast" and pools(graph, node)]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one_seen"))
+        source = cast.input[0]
+        cast.input[0] = "all_seen"
+        at = next(place for place, node in enumerate(graph.node) if node == cast)
+        graph.node.insert(at, onnx.helper.make_node("Max", [source, "one_seen"], ["all_seen"]))
+
+    def pools(graph, cast):
+        users = [node for node in graph.node if cast.output[0] in node.input]
+        return {node.op_type for node in users} == {"Mul", "ReduceSum"}
+
+    folder = Path(shutil.copytree(text_model("bert", "vector")[1], tmp_path / "onnx"))
+    change_graph(folder, pool_all)
+    assert failed_checks(folder, Embedder) == ["logits_padded_batch"]
+
+
+def test_a_reference_of_an_older_trivet_is_named(spoilt, reseal):
+    from safetensors.numpy import save_file
+
+    folder = spoilt("llama")
+    save_file({"logits": np.zeros((1, 3), np.float32)}, folder / "reference.safetensors", {"labels": "[]"})
+    reseal(folder)
+    with pytest.raises(
+        DirectoryError, match=r"reference\.safetensors: written by an older Trivet; export the model again"
+    ):
+        verify(folder)
 
 
 @pytest.mark.slow
 def test_an_export_that_pools_another_token_publishes_nothing(classifier, tmp_path, monkeypatch):
-    from serving.export.classifier import Logits
+    from serving.export.rows import Rows
 
     def pool_the_first(self, input_ids, attention_mask):
         hidden = self.model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.model.score(hidden)[:, 0]
 
-    monkeypatch.setattr(Logits, "forward", pool_the_first)
+    monkeypatch.setattr(Rows, "forward", pool_the_first)
     with pytest.raises(VerificationFailed, match="nothing was published: logits_one_by_one: logits differ by"):
         export_model(classifier("llama")[0], tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
