@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import decoder, rows
+from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.half import check_weights, convert, watched
 from serving.export.heads import HEADS
+from serving.export.loras import check_fits
 from serving.export.options import Options
 from serving.export.providers import provider_of_proof
 from serving.export.source import Source, check_vocabulary, find_model, open_source
@@ -54,7 +57,7 @@ def export_model(
     provider = provider_of_proof(options)
     report("reading the model")
     with quiet():
-        opened = open_source(Path(source))
+        opened = _with_loras(open_source(Path(source)), options)
         exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
@@ -84,6 +87,16 @@ def export_model(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
     return record
+
+
+def _with_loras(source: Source, options: Options) -> Source:
+    """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
+    if options.loras and (source.task != "causal_lm" or options.quantization):
+        found = f"a model for {source.task}" if source.task != "causal_lm" else f"--quantize {options.quantization}"
+        raise ExportError(f"--loras: found with {found}; accepted: language models that are not quantized")
+    adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
+    check_fits(source.config, adapters)
+    return replace(source, loras=adapters)
 
 
 def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:

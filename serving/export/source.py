@@ -1,6 +1,5 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
+from serving.export.adapters import CONFIG, Adapter
 from serving.export.attention import ExportError, KvShape
+from serving.export.fingerprint import fingerprint
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
@@ -33,6 +34,7 @@ class Source:
     `layers`: what each layer of a decoder for text caches; the other tasks cache nothing. `trained_length`: the longest
     row that a Trivet run trained on, None where that is not known. `text_pair`: whether it judges pairs of texts:
     always or never, as a Trivet run was trained; either, where nothing is known. `pooling`: of an embedding model.
+    `loras`: the adapters that are kept beside it.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Source:
     text_pair: str
     pooling: Pooling | None
     provenance: dict[str, Any]
+    loras: tuple[Adapter, ...] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -128,18 +131,11 @@ def open_source(path: Path) -> Source:
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = _hash(folder)
+    provenance["sha256"] = fingerprint(folder)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
     return Source(folder, task, config, architecture, layers, trained_length, text_pair, pooling, provenance)
-
-
-def _hash(folder: Path) -> str:
-    """Return one hash for the config and the weights: what the answers depend on."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def find_model(path: Path) -> Path:
@@ -148,6 +144,11 @@ def find_model(path: Path) -> Path:
         raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
     if (path / "config.json").is_file():
         return path
+    if (path / CONFIG).is_file():
+        base = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base"
+        raise ExportError(
+            f"{path}: is an adapter without its base; export the base with it: trivet export {base} ... --loras {path}"
+        )
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "result.json").is_file():
