@@ -16,6 +16,7 @@ from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.half import check_weights, convert, watched
 from serving.export.heads import HEADS
+from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.loras import check_fits
 from serving.export.options import Options
 from serving.export.providers import provider_of_proof
@@ -26,7 +27,7 @@ from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model"]
 
 LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
@@ -39,6 +40,7 @@ def export_model(
     onnx_dir: str | Path,
     options: Options | None = None,
     *,
+    held_out: HeldOutRows | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
@@ -46,13 +48,15 @@ def export_model(
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
     or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
     record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    `progress` is called with a word or two at the start of each stage. Raises ExportError for what cannot be exported,
-    or an `onnx_dir` that holds something else, before any work, and VerificationFailed with the evidence when the
-    graph does not answer as the source does.
+    A quantised model is measured on `held_out` rows. `progress` is called with a word or two at the start of each
+    stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work,
+    and VerificationFailed with the evidence when the graph does not answer as the source does.
     """
     report = progress or (lambda stage: None)
     options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
+    if options.quantization is not None and held_out is None:
+        raise ExportError(f"quantization {options.quantization}: nothing to measure its cost on; give held_out rows")
     _check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
@@ -67,6 +71,8 @@ def export_model(
         report("running the source model")
         with quiet(), watched(model, options.dtype):
             exporter.write_reference(model, tokenizer, opened, folder)
+            if held_out is not None:
+                add_held_out(model, tokenizer, opened, held_out, folder)
         report("writing the graph")
         convert(model, options.dtype)
         inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
