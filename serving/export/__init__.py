@@ -94,9 +94,11 @@ def export_model(
         record = _proof(folder, provider, report)
         append_verification(folder, record)
         if not record["passed"]:
-            raise VerificationFailed(
+            error = VerificationFailed(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
+            error.record = record
+            raise error
     return record
 
 
