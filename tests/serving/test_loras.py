@@ -263,3 +263,26 @@ def test_an_adapter_without_its_base_names_the_base(adapters, model_dir, tmp_pat
 
 def test_a_directory_with_adapters_can_be_verified_elsewhere(exported_loras, tmp_path):
     assert verify(shutil.copytree(exported_loras[0], tmp_path / "copy"))["passed"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adapter(model_dir, tmp_path, kind):
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from serving.directory import seal
+
+    base = Path(shutil.copytree(model_dir(kind), tmp_path / "base"))
+    run = tmp_path / "news" / "model"
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[kind]
+    save_adapter(base, run / "adapter", r=2, lora_alpha=8, target_modules=targets)
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").merge_and_unload()
+    whole.save_pretrained(run)
+    seal(run, "model", objective="causal_lm", strategy="lora", labels=None, base_model=str(base), step=1)
+    assert export_model(base, tmp_path / "before", Options(loras=(tmp_path / "news",)))["passed"]
+    tensors = load_file(base / "model.safetensors")
+    name = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}[kind]
+    tensors[name] += 0.001
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    refused(base, (tmp_path / "news",), tmp_path, f"was trained on another base than .*base is now: {name} differs")
