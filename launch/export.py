@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.directory import BadInput
+from serving.directory import BadInput, read_manifest
+from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
 from serving.session import check_provider, onnxruntime_version
 from serving.verify import VerificationFailed, verify
@@ -25,6 +26,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) 
     SIGTERM ends it as Ctrl-C does: with nothing half-written.
     """
     from serving.export import Options, export_model
+    from trainer.model_dir import load
 
     options = Options(**asked)
     console = Console(stderr=True)
@@ -32,7 +34,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) 
     try:
         with console.status("export") as status:
             show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
-            record = export_model(model, onnx_dir, options, progress=lambda stage: show(f"export: {stage}"))
+            record = export_model(model, onnx_dir, options, load=load, progress=lambda stage: show(f"export: {stage}"))
     except VerificationFailed as error:
         return _failed(error)
     finally:
@@ -50,7 +52,9 @@ def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[st
         print_record(onnx_dir, record)
     served_there = "" if provider == "cpu" else f" --provider {provider}"
     if record["provider"] == provider:
-        return [f"next: trivet serve {onnx_dir}{served_there}"]
+        manifest = read_manifest(onnx_dir, "onnx")
+        command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
+        return [f"next: {command} {onnx_dir}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
     return [
         f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",

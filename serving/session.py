@@ -81,6 +81,11 @@ class Session:
                 f"{folder}: {provider} lacks an operator of this graph ({reason}); take another provider, or export it "
                 "for this one (--optimize-for, --dtype)"
             ) from None
+        except BadInput:
+            raise
+        except Exception as error:  # onnxruntime's own have no common class
+            reason = str(error).strip().partition("\n")[0]
+            raise BadInput(f"{folder}: onnxruntime cannot open its graph ({reason}); export the model again") from None
         return cls(session, provider, read_stacks(Path(folder)))
 
     def place(self, arrays: Mapping[str, np.ndarray]) -> Cache:

@@ -45,7 +45,7 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path, dtype: str = "fp32") -> "Reference":
-        """Read the directory's reference.safetensors; `dtype` is what the graph is in, which sets what is accepted.
+        """Read the directory's reference.safetensors; `dtype`, what the graph is in, sets what is accepted.
 
         Raises DirectoryError for one of an older Trivet.
         """
@@ -78,11 +78,6 @@ class Reference:
     def _share(self, accepted: float) -> float:
         largest = float(np.abs(self.outputs_RL).max())
         return max(accepted * float(self.outputs_RL.std()), _ROUNDING * largest)
-
-    @property
-    def near_tie(self) -> float:
-        """How close the source's own decision must be for either answer to be right."""
-        return near_tie(self.dtype, self.tolerance)
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
@@ -146,7 +141,7 @@ def check_answers(task: TextTask, reference: Reference) -> Check:
         difference, place = compare(answer, case["answer"])
         if not place:
             differences.append(difference)
-        elif case["margin"] < reference.near_tie:
+        elif case["margin"] < near_tie(reference.dtype, reference.tolerance):
             near_ties += 1
         else:
             wrong.append(f"{case['text'][:40]!r}: {place}")

@@ -17,7 +17,7 @@ def write_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
 ) -> dict[str, Any]:
     """Write generation_config.json; return what the engine needs to know, for the manifest."""
-    settings = source.folder / "generation_config.json"
+    settings = source.body / "generation_config.json"
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     else:
