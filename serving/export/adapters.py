@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from serving.directory import MANIFEST
 from serving.export.attention import ExportError
 from serving.export.fingerprint import fingerprint
-from serving.export.merged_weights import check_unchanged
+from serving.export.lora_folder import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -87,10 +85,7 @@ def _read(given: Path, base: Path, base_hash: str) -> Adapter:
         raise ExportError(
             f"--loras: {folder} would be called {name!r}; accepted: letters, digits, . _ and -: rename it"
         )
-    updates = _updates(folder, config, tensors)
-    if folder != given and (folder.parent / MANIFEST).is_file():
-        check_unchanged(folder.parent, updates, base, is_transposed=not config.get("fan_in_fan_out"))
-    return Adapter(name, folder, config.get("base_model_name_or_path"), updates)
+    return Adapter(name, folder, config.get("base_model_name_or_path"), _updates(folder, config, tensors))
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:

@@ -254,11 +254,10 @@ def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir
     refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
 
 
-def test_an_adapter_without_its_base_names_the_base(adapters, model_dir, tmp_path):
-    with pytest.raises(
-        ExportError, match=rf"news: is an adapter without its base; .* trivet export {model_dir('llama')}"
-    ):
-        export_model(adapters["news"], tmp_path / "onnx")
+def test_adapters_over_a_classifier_or_over_another_adapter_are_refused(adapters, save_classifier, tmp_path):
+    classifier = save_classifier(tmp_path / "classifier", "bert")
+    refused(classifier, (adapters["news"],), tmp_path, "classifier is a model for classification; accepted: language")
+    refused(adapters["poems"], (adapters["news"],), tmp_path, "poems is an adapter over .*; accepted: language models")
 
 
 def test_a_directory_with_adapters_can_be_verified_elsewhere(exported_loras, tmp_path):
@@ -283,6 +282,10 @@ def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adap
     assert export_model(base, tmp_path / "before", Options(loras=(tmp_path / "news",)))["passed"]
     tensors = load_file(base / "model.safetensors")
     name = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}[kind]
-    tensors[name] += 0.001
+    tensors[name] += 0.1
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    refused(base, (tmp_path / "news",), tmp_path, f"was trained on another base than .*base is now: {name} differs")
+    with pytest.raises(
+        ExportError, match=f"its base {base} has changed since: {name} is not what {run} was merged into"
+    ):
+        export_model(base, tmp_path / "onnx", Options(loras=(tmp_path / "news",)))
+    assert not (tmp_path / "onnx").exists()
