@@ -104,9 +104,9 @@ def export_model(
 
 def _with_loras(source: Source, options: Options) -> Source:
     """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
-    if options.loras and (source.task != "causal_lm" or options.quantization):
-        found = f"a model for {source.task}" if source.task != "causal_lm" else f"--quantize {options.quantization}"
-        raise ExportError(f"--loras: found with {found}; accepted: language models that are not quantized")
+    if options.loras and (source.task != "causal_lm" or source.body != source.folder):
+        found = f"a model for {source.task}" if source.body == source.folder else f"an adapter over {source.body}"
+        raise ExportError(f"--loras: {source.folder} is {found}; accepted: language models, whole")
     adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
     check_fits(source.config, adapters)
     return replace(source, loras=adapters)

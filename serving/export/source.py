@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from serving import exportable
 from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
 from serving.export import lora_folder
-from serving.export.adapters import CONFIG, Adapter
+from serving.export.adapters import Adapter
 from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
 from serving.export.heads import AUTO_CLASSES, accepted_classes
@@ -158,11 +158,6 @@ def find_model(path: Path) -> Path:
         raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
     if (path / "config.json").is_file() or lora_folder.is_lora(path):
         return path
-    if (path / CONFIG).is_file():
-        base = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base"
-        raise ExportError(
-            f"{path}: is an adapter without its base; export the base with it: trivet export {base} ... --loras {path}"
-        )
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "result.json").is_file():
