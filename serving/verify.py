@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving import verify_decoder, verify_rows
+from serving import verify_decoder, verify_quantized, verify_rows
 from serving.directory import BadInput, check_files, identity, read_manifest
 from serving.manifest import check_fields
 from serving.proofs import append_verification, earlier_records
@@ -48,7 +48,7 @@ def prove(folder: Path, provider: str = "cpu", *, progress: Callable[[str], None
     manifest = read_manifest(folder, "onnx")
     check_files(folder, manifest)
     check_fields(folder, manifest)
-    run_checks = RUN_CHECKS[manifest["task"]]
+    run_checks = verify_quantized.run_checks if manifest.get("quantization") else RUN_CHECKS[manifest["task"]]
     checks = run_checks(folder, manifest, Session.open(folder, provider=provider), report)
     failed = [f"{name}: {check['found']}" for name, check in checks.items() if not check["passed"]]
     return {

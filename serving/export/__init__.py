@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from serving.directory import DirectoryError, read_manifest, seal, staged
 from serving.export import decoder, lora_folder, rows
+from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.half import check_weights, convert, watched
 from serving.export.heads import HEADS
+from serving.export.held_out import HeldOutRows, add_held_out
+from serving.export.loras import check_fits
 from serving.export.options import Options
 from serving.export.providers import provider_of_proof
 from serving.export.source import Loader, Source, find_model, open_source
@@ -24,7 +28,7 @@ from serving.proofs import append_verification
 from serving.session import GRAPH, onnxruntime_version
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "Options", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model"]
 
 LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
@@ -38,6 +42,7 @@ def export_model(
     options: Options | None = None,
     *,
     load: Loader | None = None,
+    held_out: HeldOutRows | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
@@ -45,19 +50,21 @@ def export_model(
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
     or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
     record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    `load` returns the model of a directory that transformers cannot load: a base and a bottleneck adapter.
-    `progress` is called with a word or two at the start of each stage. Raises ExportError for what cannot be exported,
-    or an `onnx_dir` that holds something else, before any work, and VerificationFailed with the evidence when the
-    graph does not answer as the source does.
+    `load` returns the model of a directory that transformers cannot load: a base and a bottleneck adapter. A quantised
+    model is measured on `held_out` rows. `progress` is called with a word or two at the start of each stage. Raises
+    ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
+    VerificationFailed with the evidence when the graph does not answer as the source does.
     """
     report = progress or (lambda stage: None)
     options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
+    if options.quantization is not None and held_out is None:
+        raise ExportError(f"quantization {options.quantization}: nothing to measure its cost on; give held_out rows")
     _check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
     with quiet():
-        opened = open_source(Path(source), load)
+        opened = _with_loras(open_source(Path(source), load), options)
         exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
@@ -67,6 +74,8 @@ def export_model(
         report("running the source model")
         with quiet(), watched(model, options.dtype):
             exporter.write_reference(model, tokenizer, opened, folder)
+            if held_out is not None:
+                add_held_out(model, tokenizer, opened, held_out, folder)
         report("writing the graph")
         if opened.is_lora:
             lora_folder.merge(model, opened.folder, opened.body)
@@ -89,6 +98,16 @@ def export_model(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
     return record
+
+
+def _with_loras(source: Source, options: Options) -> Source:
+    """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
+    if options.loras and (source.task != "causal_lm" or options.quantization):
+        found = f"a model for {source.task}" if source.task != "causal_lm" else f"--quantize {options.quantization}"
+        raise ExportError(f"--loras: found with {found}; accepted: language models that are not quantized")
+    adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
+    check_fits(source.config, adapters)
+    return replace(source, loras=adapters)
 
 
 def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:

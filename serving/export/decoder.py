@@ -28,6 +28,7 @@ def write_settings(
         "head_dim": source.layers[0].head_dim,
         "vocab_size": source.config.vocab_size,
         "context_length": source.config.max_position_embeddings,
+        "loras": [adapter.name for adapter in source.loras],
         "end_token_ids": _end_token_ids(model, tokenizer),
     }
 

@@ -31,3 +31,8 @@ class Options:
             if value is not None and value not in get_args(kind):
                 flag = {"quantization": "--quantize"}.get(name, f"--{name.replace('_', '-')}")
                 raise ExportError(f"{flag}: {value!r} is unknown; accepted: {', '.join(get_args(kind))}")
+        if self.quantization is not None and (self.dtype, self.optimize_for, self.loras) != ("fp32", "cpu", ()):
+            raise ExportError(
+                f"--quantize {self.quantization}: is for the CPU, with everything else in fp32; leave out --dtype, "
+                "--optimize-for and --loras"
+            )

@@ -52,14 +52,16 @@ def questions(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Sett
     length = min(settings["max_length"], LONGEST_TEXT)
     texts = _texts(tokenizer, length)
     if source.task == "masked_lm":
-        asked = (_question(tokenizer, settings, text, None, length) for text in _masked(texts, settings["mask_token"]))
+        asked = (
+            question_of(tokenizer, settings, text, None, length) for text in _masked(texts, settings["mask_token"])
+        )
         return [each for each in asked if not each.is_cut]
     if source.task == "token_classification":
         return [_in_windows(tokenizer, text, length) for text in texts]
     pairs = settings.get("text_pair", "never")
     singles = [(text, None) for text in texts if pairs != "always"]
     both = [*zip(texts, [*texts[3:], *texts[:3]], strict=True), (texts[-1], texts[-1])] if pairs != "never" else []
-    found = [_question(tokenizer, settings, *each, length) for each in (*singles, *both)]
+    found = [question_of(tokenizer, settings, *each, length) for each in (*singles, *both)]
     return [each for each in found if each.rows]
 
 
@@ -80,7 +82,7 @@ def _masked(texts: list[str], mask: str) -> list[str]:
     return found
 
 
-def _question(
+def question_of(
     tokenizer: PreTrainedTokenizerBase, settings: Settings, text: str, pair: str | None, length: int
 ) -> Question:
     """Return a text or a pair as one row, cut as in training; without a row where nothing stands for it."""

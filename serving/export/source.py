@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from serving import exportable
 from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
 from serving.export import lora_folder
+from serving.export.adapters import CONFIG, WEIGHTS, Adapter
 from serving.export.attention import ExportError, KvShape
+from serving.export.fingerprint import fingerprint
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
@@ -38,6 +40,7 @@ class Source:
     `layers`: what each layer of a decoder for text caches; the other tasks cache nothing. `trained_length`: the longest
     row that a Trivet run trained on, None where that is not known. `text_pair`: whether it judges pairs of texts:
     always or never, as a Trivet run was trained; either, where nothing is known. `pooling`: of an embedding model.
+    `loras`: the adapters that are kept beside it.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class Source:
     pooling: Pooling | None
     provenance: dict[str, Any]
     loader: Loader | None = None
+    loras: tuple[Adapter, ...] = ()
 
     @property
     def is_lora(self) -> bool:
@@ -132,7 +136,7 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = _hash(body, folder if body != folder else None)
+    provenance["sha256"] = fingerprint(body) if body == folder else _with_adapter(fingerprint(body), folder)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
@@ -149,14 +153,10 @@ def _body(folder: Path, is_unmerged: bool) -> Path:
     return folder / "base" if is_unmerged else folder
 
 
-def _hash(body: Path, adapter: Path | None) -> str:
-    """Return one hash for the config and the weights, an adapter's too: what the answers depend on."""
-    paths = [body / "config.json", *sorted(body.glob("*.safetensors"))]
-    if adapter is not None:
-        named = {lora_folder.CONFIG, lora_folder.WEIGHTS}  # a bottleneck's files have the names that PEFT gives its own
-        paths += sorted(path for path in adapter.rglob("adapter_*") if path.name in named)
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
+def _with_adapter(base: str, folder: Path) -> str:
+    """Return one hash for a base, whose own is given, and the adapter in `folder`, a LoRA or a bottleneck."""
+    paths = sorted(path for path in folder.rglob("adapter_*") if path.name in (CONFIG, WEIGHTS))
+    return hashlib.sha256(" ".join([base, *map(sha256, paths)]).encode()).hexdigest()
 
 
 def find_model(path: Path) -> Path:
