@@ -42,8 +42,8 @@ def export_model(
     onnx_dir: str | Path,
     options: Options | None = None,
     *,
-    load: Loader | None = None,
     held_out: HeldOutRows | None = None,
+    load: Loader | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
@@ -51,8 +51,8 @@ def export_model(
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
     or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
     record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    `load` returns the model of a directory that transformers cannot load: a base and a bottleneck adapter. A quantised
-    model is measured on `held_out` rows. `progress` is called with a word or two at the start of each stage. Raises
+    A quantised model is measured on `held_out` rows. `load` returns the model of a directory that transformers cannot
+    load: a base and a bottleneck adapter. `progress` is called with a word or two at the start of each stage. Raises
     ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
     VerificationFailed with the evidence when the graph does not answer as the source does.
     """

@@ -97,9 +97,7 @@ def _named(module: torch.nn.Module, given: Any) -> Tensors:
             )
     if not given or len({len(value) for value in given.values()}) > 1:
         sizes = {name: len(value) for name, value in given.items()}
-        raise ExportError(
-            f"example_inputs: batches of {sizes or 'nothing'}; accepted: one size for all, at least one input"
-        )
+        raise ExportError(f"example_inputs: batches of {sizes or 'nothing'}; accepted: of one size, one or more")
     return {name: value.detach().cpu() for name, value in given.items()}
 
 

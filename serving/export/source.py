@@ -1,6 +1,5 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
 from serving.export import lora_folder
-from serving.export.adapters import CONFIG, WEIGHTS, Adapter
+from serving.export.adapters import Adapter
 from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
 from serving.export.heads import AUTO_CLASSES, accepted_classes
@@ -136,7 +135,7 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = fingerprint(body) if body == folder else _with_adapter(fingerprint(body), folder)
+    provenance["sha256"] = fingerprint(body, folder if body != folder else None)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
@@ -151,12 +150,6 @@ def _body(folder: Path, is_unmerged: bool) -> Path:
     if lora_folder.is_lora(folder):
         return lora_folder.base_of(folder)
     return folder / "base" if is_unmerged else folder
-
-
-def _with_adapter(base: str, folder: Path) -> str:
-    """Return one hash for a base, whose own is given, and the adapter in `folder`, a LoRA or a bottleneck."""
-    paths = sorted(path for path in folder.rglob("adapter_*") if path.name in (CONFIG, WEIGHTS))
-    return hashlib.sha256(" ".join([base, *map(sha256, paths)]).encode()).hexdigest()
 
 
 def find_model(path: Path) -> Path:
