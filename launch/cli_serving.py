@@ -21,6 +21,9 @@ def export(
     onnx_dir: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="Where it goes.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16: of weights, activations and cache.")] = "fp32",
     optimize_for: Annotated[str, typer.Option(help="cpu or cuda: whose operators are used.")] = "cpu",
+    loras: Annotated[
+        str | None, typer.Option(metavar="DIR,DIR", help="LoRA adapters to keep beside the base; each row picks one.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the graph's nodes, who runs each, what is in pieces.")
     ] = False,
@@ -54,7 +57,8 @@ def export(
     politeness.check_hub_address()
     from launch.export import export
 
-    asked = {"dtype": dtype, "optimize_for": optimize_for}
+    folders = tuple(Path(each.strip()) for each in (loras or "").split(",") if each.strip())
+    asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": folders}
     with naming(onnx_dir):
         if compare:
             from launch.comparison import compare_formats
@@ -86,6 +90,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give prompts to a chat model as plain text.")] = False,
     slots: Annotated[int, typer.Option(help="Rows decoded at a time.")] = 8,
+    lora: Annotated[str | None, typer.Option(help="The adapter that answers; default: the base alone.")] = None,
     provider: Provider = "cpu",
 ) -> None:
     """Generate text, one prompt or a file of them."""
@@ -96,7 +101,15 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     with naming(output or Path("standard output")):
         code = generate(
-            onnx_dir, prompt, input, output, sampling=sampling, prompts_are_plain=raw, slots=slots, provider=provider
+            onnx_dir,
+            prompt,
+            input,
+            output,
+            sampling=sampling,
+            prompts_are_plain=raw,
+            slots=slots,
+            provider=provider,
+            lora=lora,
         )
     raise typer.Exit(code)
 

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.directory import BadInput
+from serving.directory import BadInput, read_manifest
+from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
 from serving.session import check_provider, onnxruntime_version
 from serving.verify import VerificationFailed, verify
@@ -27,6 +28,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
     """
     from launch.held_out import held_out_rows, refuse_data
     from serving.export import Options, export_model
+    from trainer.model_dir import load
 
     options = Options(**asked)
     if options.quantization is None:
@@ -38,7 +40,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
         with console.status("export") as status:
             show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
             tell = lambda stage: show(f"export: {stage}")  # noqa: E731
-            record = export_model(model, onnx_dir, options, held_out=held_out, progress=tell)
+            record = export_model(model, onnx_dir, options, held_out=held_out, load=load, progress=tell)
     except VerificationFailed as error:
         return _failed(error)
     finally:
@@ -56,7 +58,9 @@ def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[st
         print_record(onnx_dir, record)
     served_there = "" if provider == "cpu" else f" --provider {provider}"
     if record["provider"] == provider:
-        return [f"next: trivet serve {onnx_dir}{served_there}"]
+        manifest = read_manifest(onnx_dir, "onnx")
+        command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
+        return [f"next: {command} {onnx_dir}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
     return [
         f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",

@@ -11,6 +11,7 @@ from launch.output_file import writing
 from serving import batch
 from serving.directory import BadInput
 from serving.engine import Engine
+from serving.loras import lora_index
 from serving.request import Sampling
 from serving.text import Text
 
@@ -25,6 +26,7 @@ def generate(
     prompts_are_plain: bool,
     slots: int,
     provider: str,
+    lora: str | None = None,
 ) -> int:
     """Answer one prompt (its text to standard output) or the rows of a file (JSONL rows, in order).
 
@@ -35,7 +37,8 @@ def generate(
     rows = [{"prompt": prompt}] if input is None else batch.read_rows(input)
     with writing(output, input) as file:
         engine = Engine.open(onnx_dir, provider=provider, slots=slots)
-        answers = _answer(engine, Text.open(onnx_dir), rows, sampling, prompts_are_plain=prompts_are_plain)
+        lora_index(engine.manifest, lora)
+        answers = _answer(engine, Text.open(onnx_dir), rows, sampling, lora, prompts_are_plain=prompts_are_plain)
         failed = [answer for answer in answers if "error" in answer]
         for answer in answers:
             is_text = input is None and "error" not in answer
@@ -46,7 +49,13 @@ def generate(
 
 
 def _answer(
-    engine: Engine, text: Text, rows: list[batch.Row], sampling: Sampling, *, prompts_are_plain: bool
+    engine: Engine,
+    text: Text,
+    rows: list[batch.Row],
+    sampling: Sampling,
+    lora: str | None,
+    *,
+    prompts_are_plain: bool,
 ) -> list[batch.Row]:
     is_chat_model = engine.manifest["source"].get("objective") == "sft" and text.has_chat_template
     console = Console(stderr=True)
@@ -54,6 +63,7 @@ def _answer(
         task = progress.add_task("rows", total=len(rows))
         answers = batch.generate(
             engine, text, rows, sampling,
+            lora=lora,
             prompts_are_chats=is_chat_model and not prompts_are_plain,
             on_finish=lambda finished: progress.update(task, completed=finished),
         )  # fmt: skip

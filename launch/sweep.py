@@ -156,7 +156,7 @@ def _write_result(config: SweepConfig, ranking: list[dict[str, Any]], *, seconds
     report.terminal_table([config.folder])
     page = report.write_report([config.folder])
     print(f"report: {page}")
-    if ranking[0]["state"] == "done" and ranking[0]["strategy"] != "adapter":  # which cannot be exported
+    if ranking[0]["state"] == "done":
         print(f"next: trivet export {config.folder} onnx/{config.sweep.name}    # the winner, {ranking[0]['name']}")
 
 

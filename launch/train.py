@@ -235,9 +235,6 @@ def _say(text: str) -> None:
 
 
 def _next_command(config: RunConfig) -> str:
-    is_served = config.objective.takes in ("causal_lm", "sft", "classification") and not config.data.columns.text_pair
-    if config.strategy.type == "adapter" or not is_served:  # which cannot be exported
-        return f"trivet report {config.run.folder}"
     return f"trivet export {config.run.folder} onnx/{config.run.name}"
 
 

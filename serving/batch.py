@@ -69,18 +69,19 @@ def generate(
     sampling: Sampling,
     *,
     prompts_are_chats: bool,
+    lora: str | None = None,
     on_finish: Callable[[int], None] | None = None,
 ) -> Iterator[Row]:
     """Decode all rows in continuous batches; yield `{id, text, finish_reason, ..._tokens}` in the order of the rows.
 
-    `on_finish` is called with the number of finished rows whenever that grows. A row that the model failed on becomes
-    `{id, error}`. Raises RowError before any decoding if a row cannot run.
+    `lora` names the adapter that answers. `on_finish` is called with the number of finished rows whenever that grows. A
+    row that the model failed on becomes `{id, error}`. Raises RowError before any decoding if a row cannot run.
     """
     requests = []
     for number, row in enumerate(rows, 1):
         try:
             ids = prompt_ids(row, text, prompts_are_chats=prompts_are_chats)
-            engine.check(request := Request(str(row.get("id", number)), ids, sampling))
+            engine.check(request := Request(str(row.get("id", number)), ids, sampling, lora))
         except BadInput as error:
             raise RowError(f"row {number}: {error}") from None
         requests.append(request)

@@ -13,6 +13,7 @@ import numpy as np
 
 from serving.directory import BadInput
 from serving.forward import Forward
+from serving.loras import lora_index
 from serving.manifest import proven_manifest
 from serving.request import FinishReason, QueueFull, Request, Sampling
 from serving.sampler import greedy, sample
@@ -213,6 +214,7 @@ class Engine:
                 f"prompt: {len(prompt_ids)} tokens; accepted: at most {self.max_length - 1}, max_length less one new "
                 "token; shorten it"
             )
+        lora_index(self.manifest, request.lora)
         vocab_size = self.manifest["vocab_size"]
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
             bad = next(each for each in prompt_ids if not 0 <= each < vocab_size)

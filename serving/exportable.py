@@ -23,16 +23,9 @@ def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
     What else config.json and the weights may rule out is not asked here.
     """
     objective = manifest.get("objective")
-    if manifest.get("strategy") == "adapter":
-        why = (
-            "strategy adapter cannot be exported: a bottleneck adapter cannot be merged into its base; train with "
-            "strategy.type lora instead, which is merged"
-        )
-    elif objective not in TASK_OF:
-        why = f"objective {objective} cannot be exported; accepted: {', '.join(TASK_OF)}"
-    else:
+    if objective in TASK_OF:
         return None
-    return why + how_to_ask(folder)
+    return f"objective {objective} cannot be exported; accepted: {', '.join(TASK_OF)}" + how_to_ask(folder)
 
 
 def how_to_ask(folder: Path) -> str:

@@ -4,11 +4,13 @@ Shape letters: S slots, N rows of a run, T tokens of a row, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from serving.kv_slots import cache_arrays
+from serving.loras import lora_index, lora_names
 from serving.request import Request
 from serving.scheduler import Work, num_pending
 from serving.session import Binding, Session
@@ -26,6 +28,7 @@ class Forward:
         self._decode_feeds = _feeds(num_slots, 1)
         self._decode_logits_SV = np.empty((num_slots, 1, vocab_size), np.float32)
         self._decode_bindings: dict[int, Binding] = {}
+        self._lora_index = partial(lora_index, manifest) if lora_names(manifest) else None
         self._chunk_logits_V = np.empty((1, 1, vocab_size), np.float32)
 
     def decode(self, works: Sequence[Work], occupants: Sequence[Request | None]) -> np.ndarray:
@@ -42,6 +45,8 @@ class Forward:
             feeds["seqlens_k"][slot] = 0 if request is None else request.num_computed
         for work in works:
             feeds["input_ids"][work.slot] = _pending_ids(work.request, 1)
+            if self._lora_index is not None:
+                feeds["lora_index"][work.slot] = self._lora_index(work.request.lora)
         feeds["position_ids"][:num_rows, 0] = feeds["seqlens_k"][:num_rows]
         feeds["total_length"][...] = feeds["seqlens_k"][:num_rows].max() + 1
         self._session.run(self._decode_binding(num_rows))
@@ -61,6 +66,8 @@ class Forward:
         feeds["seqlens_k"][0] = end - 1
         feeds["total_length"][...] = end
         feeds["keep"][0] = work.num_tokens - 1
+        if self._lora_index is not None:
+            feeds["lora_index"][0] = self._lora_index(work.request.lora)
         self._session.run(self._session.bind(feeds, self._chunk_logits_V, self._cache, work.slot))
         return self._chunk_logits_V[:, 0]
 
@@ -73,13 +80,22 @@ class Forward:
         return self._decode_bindings[num_rows]
 
 
-def whole_texts(session: Session, manifest: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return the logits [N, T, V] of whole texts in one run, the shorter ones padded right with meaningless logits."""
+def whole_texts(
+    session: Session,
+    manifest: Mapping[str, Any],
+    texts: Sequence[Sequence[int]],
+    loras: Sequence[str | None] | None = None,
+) -> np.ndarray:
+    """Return the logits [N, T, V] of whole texts in one run, the shorter ones padded right with meaningless logits.
+
+    `loras` names the adapter of each, None all by the base alone.
+    """
     num_rows, num_tokens = len(texts), max(map(len, texts))
     feeds = _feeds(num_rows, num_tokens)
     for row, ids in enumerate(texts):
         feeds["input_ids"][row, : len(ids)] = ids
         feeds["seqlens_k"][row] = len(ids) - 1
+    feeds["lora_index"][:] = [lora_index(manifest, name) for name in loras or [None] * num_rows]
     feeds["position_ids"][:] = np.arange(num_tokens)
     feeds["total_length"][...] = num_tokens
     feeds["keep"] = np.arange(num_tokens)
@@ -97,6 +113,7 @@ def _feeds(num_rows: int, num_tokens: int) -> Feeds:
         "seqlens_k": np.zeros(num_rows, np.int32),  # each row's length after the run, less one
         "total_length": np.zeros((), np.int32),  # the longest row's length after the run
         "keep": np.zeros(1, np.int64),  # which of a row's tokens get logits, the same for all rows
+        "lora_index": np.zeros(num_rows, np.int64),  # which adapter a row takes, where the graph has some
     }
 
 

@@ -11,6 +11,8 @@ Manifest = dict[str, Any]
 
 _OF_TEXTS = ("inputs", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source")
 
+SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
 # What those who open a directory read of its manifest.
 FIELDS = {
     "causal_lm": (
@@ -27,10 +29,12 @@ FIELDS = {
     "token_classification": ("labels", *_OF_TEXTS),
     "masked_lm": ("mask_token", "mask_token_id", *_OF_TEXTS),
     "embedding": _OF_TEXTS,
+    "module": ("inputs", "outputs", "row_shapes", "row_types", "source"),
 }
 COMMANDS = {
     "causal_lm": "trivet generate",
     **dict.fromkeys(("classification", "token_classification", "masked_lm", "embedding"), "trivet predict"),
+    "module": "serving.module.Module.open, in Python, for",
 }
 
 
@@ -49,6 +53,15 @@ def proven_manifest(folder: Path, provider: str, task: str) -> Manifest:
         raise BadInput(f"{folder}: its task is {found}, not {task}; use: {COMMANDS[found]} {folder}")
     check_fields(folder, manifest)
     return manifest
+
+
+def without_endpoint(manifest: Manifest) -> str:
+    """Return what a directory answers that the HTTP server has no endpoint for; nothing where it has one."""
+    task = manifest.get("task") or "causal_lm"
+    problem, pairs = manifest.get("problem_type", SINGLE), manifest.get("text_pair") == "always"
+    if task != "classification":
+        return "" if task == "causal_lm" or task not in COMMANDS else task
+    return f"{task} ({problem} of {'pairs' if pairs else 'texts'})" if pairs or problem != SINGLE else ""
 
 
 def check_fields(folder: Path, manifest: Manifest) -> None:

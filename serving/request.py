@@ -58,6 +58,7 @@ class Request:
     id: str
     prompt_ids: list[int]
     sampling: Sampling
+    lora: str | None = None  # the adapter that answers, by its name in the manifest; None is the base alone
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None

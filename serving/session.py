@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from serving.directory import BadInput, read_manifest
+from serving.loras import read_stacks
 
 # Before the import, and here too for who serves without the command line: it would send its maker the names and hashes
 # of models, and keep a device id in the home folder.
@@ -49,11 +50,14 @@ def onnxruntime_version() -> str:
 class Session:
     """One opened graph. `provider` is one of PROVIDERS, and is what really runs: never a silent fallback."""
 
-    def __init__(self, session: ort.InferenceSession, provider: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, provider: str, constants: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self.provider = provider
         self._session = session
         self._device = "cpu" if provider == "cpu" else "cuda"
         self._input_types = {each.name: each.type for each in session.get_inputs()}
+        self._constants = self._placed(constants or {})
 
     @classmethod
     def open(cls, folder: Path, *, provider: str = "cpu", threads: int | None = None) -> "Session":
@@ -70,13 +74,19 @@ class Session:
             options.intra_op_num_threads = threads
         skipped = _skipped(Path(folder))
         try:
-            return cls(_start(str(Path(folder) / GRAPH), provider, options, skipped), provider)
+            session = _start(str(Path(folder) / GRAPH), provider, options, skipped)
         except NoKernel as error:
             reason = str(error).partition("\n")[0]
             raise BadInput(
                 f"{folder}: {provider} lacks an operator of this graph ({reason}); take another provider, or export it "
                 "for this one (--optimize-for, --dtype)"
             ) from None
+        except BadInput:
+            raise
+        except Exception as error:  # onnxruntime's own have no common class
+            reason = str(error).strip().partition("\n")[0]
+            raise BadInput(f"{folder}: onnxruntime cannot open its graph ({reason}); export the model again") from None
+        return cls(session, provider, read_stacks(Path(folder)))
 
     def place(self, arrays: Mapping[str, np.ndarray]) -> Cache:
         """Return the cache where the provider computes: on cpu the same memory, on a GPU a copy on the device.
@@ -89,6 +99,9 @@ class Session:
                     f"the manifest's dtype makes a cache of {array.dtype}, the graph asks for {kind}; "
                     "export the model again"
                 )
+        return self._placed(arrays)
+
+    def _placed(self, arrays: Mapping[str, np.ndarray]) -> Cache:
         return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in arrays.items()}
 
     def bind(self, feeds: Mapping[str, np.ndarray], logits: np.ndarray, cache: Cache, first_slot: int) -> Binding:
@@ -102,6 +115,9 @@ class Session:
             if name in self._input_types:
                 binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        for name, value in self._constants.items():
+            kind = _CACHE_TYPES[self._input_types[name]]
+            binding.bind_input(name, self._device, 0, kind, value.shape(), value.data_ptr())
         num_rows = len(feeds["input_ids"])
         for name, value in cache.items():
             _, *row_shape = value.shape()

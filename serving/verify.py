@@ -10,14 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving import verify_decoder, verify_quantized, verify_rows
+from serving import verify_decoder, verify_module, verify_quantized, verify_rows
 from serving.directory import BadInput, check_files, identity, read_manifest
 from serving.manifest import check_fields
 from serving.proofs import append_verification, earlier_records
 from serving.session import Session, onnxruntime_version
 from serving.tasks import TASKS
 
-RUN_CHECKS = {"causal_lm": verify_decoder.run_checks, **dict.fromkeys(TASKS, verify_rows.run_checks)}
+RUN_CHECKS = {
+    "causal_lm": verify_decoder.run_checks,
+    "module": verify_module.run_checks,
+    **dict.fromkeys(TASKS, verify_rows.run_checks),
+}
 
 
 class VerificationFailed(BadInput):

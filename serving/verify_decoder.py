@@ -39,12 +39,14 @@ CROWD_STEP_TOKENS = 7  # fewer than most prompts, so that they come in chunks
 class Reference:
     """What the source answered: prompts with their greedy continuations, logits over both, texts and chats.
 
-    Of a long text only the last logits are there, so they are looked up from the end.
+    Of a long text only the last logits are there, so they are looked up from the end. `loras` names the adapter that
+    was merged into the source for each text, None for none.
     """
 
     ids: list[list[int]]
     prompt_lengths: list[int]
     logits_TV: list[np.ndarray]
+    loras: list[str | None]
     cases: Cases
     dtype: str = "fp32"
 
@@ -56,7 +58,8 @@ class Reference:
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
             cases = {name: json.loads(text) for name, text in file.metadata().items()}
-        return cls(ids, lengths, logits, cases, dtype)
+        loras = cases.pop("loras", [None] * len(ids))
+        return cls(ids, lengths, logits, loras, cases, dtype)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -102,7 +105,9 @@ def check_logits(session: Session, manifest: Manifest, reference: Reference, *, 
     texts = [ids[:-1] for ids in reference.ids]
     differences, squares = [], 0.0
     for start in range(0, len(texts), batch):
-        logits_BTV = whole_texts(session, manifest, texts[start : start + batch])
+        logits_BTV = whole_texts(
+            session, manifest, texts[start : start + batch], reference.loras[start : start + batch]
+        )
         for index, logits_TV in enumerate(logits_BTV, start):
             expected_TV, end = reference.logits_TV[index], len(texts[index])
             found_TV = logits_TV[end - len(expected_TV) : end]
@@ -122,8 +127,8 @@ def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, 
     (see checks.near_tie); what follows it in its row is another text, and is not compared.
     """
     requests = [
-        Request(str(index), prompt, Sampling(max_new_tokens=len(ids) - len(prompt), ignore_end=True))
-        for index, (prompt, ids) in enumerate(zip(reference.prompts, reference.ids, strict=True))
+        Request(str(index), prompt, Sampling(max_new_tokens=len(ids) - len(prompt), ignore_end=True), lora)
+        for index, (prompt, ids, lora) in enumerate(zip(reference.prompts, reference.ids, reference.loras, strict=True))
     ]
     comparison = _Comparison(reference, requests)
     longest = max(map(len, reference.ids))

@@ -2,29 +2,34 @@
 
 import hashlib
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from serving.directory import DirectoryError, read_manifest, seal, staged
-from serving.export import decoder, rows
+from serving.directory import seal, staged
+from serving.export import decoder, lora_folder, rows
+from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.half import check_weights, convert, watched
 from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
+from serving.export.loras import check_fits
 from serving.export.options import Options
+from serving.export.plain_module import export_module
 from serving.export.providers import provider_of_proof
-from serving.export.source import Source, check_vocabulary, find_model, open_source
+from serving.export.source import Loader, Source, find_model, open_source
+from serving.export.target import check_target, versions
 from serving.export.trace import quiet
+from serving.export.weights import check_vocabulary
 from serving.proof_process import prove_apart
 from serving.proofs import append_verification
-from serving.session import GRAPH, onnxruntime_version
+from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model", "export_module"]
 
 LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
@@ -38,6 +43,7 @@ def export_model(
     options: Options | None = None,
     *,
     held_out: HeldOutRows | None = None,
+    load: Loader | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
@@ -45,24 +51,25 @@ def export_model(
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
     or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
     record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    A quantised model is measured on `held_out` rows. `progress` is called with a word or two at the start of each
-    stage. Raises ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work,
-    and VerificationFailed with the evidence when the graph does not answer as the source does.
+    A quantised model is measured on `held_out` rows. `load` returns the model of a directory that transformers cannot
+    load: a base and a bottleneck adapter. `progress` is called with a word or two at the start of each stage. Raises
+    ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
+    VerificationFailed with the evidence when the graph does not answer as the source does.
     """
     report = progress or (lambda stage: None)
     options = options or Options()
     onnx_dir = Path(onnx_dir).resolve()
     if options.quantization is not None and held_out is None:
         raise ExportError(f"quantization {options.quantization}: nothing to measure its cost on; give held_out rows")
-    _check_target(onnx_dir, find_model(Path(source)).resolve())
+    check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
     with quiet():
-        opened = open_source(Path(source))
+        opened = _with_loras(open_source(Path(source), load), options)
         exporter = EXPORTERS[opened.task]
         tokenizer = opened.load_tokenizer()
         model = opened.load()
-        check_vocabulary(model, tokenizer, opened)
+        check_vocabulary(model, tokenizer, opened.folder)
         check_weights(model, options.dtype)
     with staged(onnx_dir) as folder:
         report("running the source model")
@@ -71,6 +78,8 @@ def export_model(
             if held_out is not None:
                 add_held_out(model, tokenizer, opened, held_out, folder)
         report("writing the graph")
+        if opened.is_lora:
+            lora_folder.merge(model, opened.folder, opened.body)
         convert(model, options.dtype)
         inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
         with quiet():
@@ -94,24 +103,21 @@ def export_model(
     return record
 
 
+def _with_loras(source: Source, options: Options) -> Source:
+    """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
+    if options.loras and (source.task != "causal_lm" or source.body != source.folder):
+        found = f"a model for {source.task}" if source.body == source.folder else f"an adapter over {source.body}"
+        raise ExportError(f"--loras: {source.folder} is {found}; accepted: language models, whole")
+    adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
+    check_fits(source.config, adapters)
+    return replace(source, loras=adapters)
+
+
 def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:
     """Return the record of the proof, which for a large model has a process of its own."""
     if sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) < LARGE_BYTES:
         return prove(folder, provider, progress=report)
     return prove_apart(folder, provider, progress=report)
-
-
-def _check_target(onnx_dir: Path, model_dir: Path) -> None:
-    """Raise ExportError where `onnx_dir` holds anything else than an older export, or overlaps with the model."""
-    if onnx_dir == model_dir or model_dir in onnx_dir.parents or onnx_dir in model_dir.parents:
-        raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
-    if onnx_dir.exists() and not onnx_dir.is_dir():
-        raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
-    if onnx_dir.is_dir() and any(onnx_dir.iterdir()):
-        try:
-            read_manifest(onnx_dir, "onnx")
-        except DirectoryError as error:
-            raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
 
 
 def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -125,9 +131,5 @@ def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBa
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
         "source": source.provenance,
-        "versions": {
-            # The distribution may be onnxruntime or onnxruntime-gpu; the module is the same.
-            **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
-            "onnxruntime": onnxruntime_version(),
-        },
+        "versions": versions(),
     }

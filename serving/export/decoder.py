@@ -17,7 +17,7 @@ def write_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
 ) -> dict[str, Any]:
     """Write generation_config.json; return what the engine needs to know, for the manifest."""
-    settings = source.folder / "generation_config.json"
+    settings = source.body / "generation_config.json"
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     else:
@@ -28,6 +28,7 @@ def write_settings(
         "head_dim": source.layers[0].head_dim,
         "vocab_size": source.config.vocab_size,
         "context_length": source.config.max_position_embeddings,
+        "loras": [adapter.name for adapter in source.loras],
         "end_token_ids": _end_token_ids(model, tokenizer),
     }
 

@@ -125,7 +125,7 @@ def pack_alike(model: ir.Model) -> None:
     graph = model.graph
     for node in nodes_of(graph, "MatMul"):
         rows = node.inputs[0]
-        group = [user for user in rows.consumers() if user.op_type == "MatMul" and user.inputs[0] is rows]
+        group = [user for user in rows.consumers() if _is_linear(user) and user.inputs[0] is rows]
         if len(group) < 2 or group[0] is not node:
             continue
         values = [_with_bias(each.outputs[0]) for each in group]
@@ -138,6 +138,10 @@ def pack_alike(model: ir.Model) -> None:
         for old, new in zip(values, split.outputs, strict=True):
             new.shape, new.type = old.shape, old.type
             take_over(old, new)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    return node.op_type == "MatMul" and is_weight(node.inputs[1], 2)
 
 
 def _with_bias(product: ir.Value) -> ir.Value:

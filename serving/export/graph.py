@@ -2,7 +2,8 @@
 
 Inputs: input_ids and position_ids [B, T]; seqlens_k [B], each row's length after the step less one; total_length, the
 longest row's length after the step; keep [R], which of the T positions get logits; past_keys.i and past_values.i
-[B, kv heads, longest, head size]. Outputs: logits [B, R, vocabulary]; present_keys.i and present_values.i, to be bound
+[B, kv heads, longest, head size]; where adapters are kept beside the model, lora_index [B] and their stacks (loras.py).
+Outputs: logits [B, R, vocabulary]; present_keys.i and present_values.i, to be bound
 to the memory of their inputs.
 """
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
 from serving.export.fuse import fuse
+from serving.export.loras import Selection, put_into, stacks_as_inputs
 from serving.export.options import Options
 from serving.export.quantize import quantize
 from serving.export.source import Source
@@ -32,6 +34,7 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model = model
         self.attention = attention
+        self.selection = Selection()
         self.traced: Sequence[int] = ()  # the layers that run, and whose past comes in
 
     def forward(
@@ -42,10 +45,12 @@ class Step(torch.nn.Module):
         total_length: torch.Tensor,
         keep: torch.Tensor,
         past: list[torch.Tensor],
+        lora_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return logits, then keys and values of each layer."""
         pairs = zip(past[::2], past[1::2], strict=True)
         self.attention.past, self.attention.present = dict(zip(self.traced, pairs, strict=True)), {}
+        self.selection.index = lora_index
         self.attention.seqlens_k, self.attention.total_length = seqlens_k, total_length
         output = self.model(
             input_ids=input_ids,
@@ -72,10 +77,14 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     attention = InPlaceAttention()
     model.set_attn_implementation(attention.register())
     step = Step(model, attention)
+    if source.loras:
+        put_into(model, source.loras, step.selection)
     graph = graph_of(step, len(source.layers), lambda layers: _example(step, source, layers), asks=source.layers)
     if options.optimize_for == "cuda" and options.dtype == "fp32":
         standard_attention(graph)
     fuse(graph, source.config.max_position_embeddings)
+    if source.loras:
+        stacks_as_inputs(graph, path.parent)
     quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
@@ -106,9 +115,11 @@ def _example(step: Step, source: Source, layers: Sequence[int]) -> Example:
         "past": [{0: dims["batch"], 2: dims["length"]} for _ in past],
     }
     names = cache_names(layers)
+    if source.loras:
+        inputs["lora_index"], dynamic_shapes["lora_index"] = torch.arange(batch) % 2, {0: dims["batch"]}
     return Example(
         inputs,
         dynamic_shapes,
-        [*STEP_INPUTS, *(f"past_{name}" for name in names)],
+        [*STEP_INPUTS, *(f"past_{name}" for name in names), *(["lora_index"] if source.loras else [])],
         ["logits", *(f"present_{name}" for name in names)],
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from serving.export.heads import Inputs
 from serving.export.reference import TEXTS
 from serving.export.source import Source
-from serving.tasks.classifier import NUMBER, SEVERAL
+from serving.manifest import NUMBER, SEVERAL
 
 LONGEST_TEXT = 512  # of the reference, in tokens; less where a row may not be so long
 WORD_COUNTS = (1, 2, 5, 12, 40)

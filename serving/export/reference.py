@@ -3,7 +3,8 @@
 `ids.<i>` holds a prompt and its greedy continuation, `prompt_lengths` where each continuation begins, and `logits.<i>`
 [at most NUM_KEPT_LOGITS, vocabulary] the source's logits over the last of these ids but one. The file's metadata holds
 texts and chats with their ids.
-The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do.
+The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
+adapter that was merged into the source for it, None for none.
 """
 
 import json
@@ -18,10 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from serving.directory import REFERENCE
 from serving.export.attention import ExportError
+from serving.export.loras import merged
 from serving.export.source import Source
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
 LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach
+LORA_PROMPTS = slice(1, 4)  # of these, for each adapter
 NUM_NEW_TOKENS = 24
 NUM_KEPT_LOGITS = max(PROMPT_LENGTHS) + NUM_NEW_TOKENS - 1  # all of the others; the file stays small
 
@@ -46,20 +49,32 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
     """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors."""
     prompts = _prompts(tokenizer, source.config.vocab_size, source.config.max_position_embeddings)
-    tensors = {"prompt_lengths": np.array([len(prompt) for prompt in prompts])}
-    for index, prompt in enumerate(prompts):
-        ids = _generate(model, prompt)
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids[:-1]])).logits
-        check_finite(logits, source)
-        tensors[f"ids.{index}"] = np.array(ids)
-        tensors[f"logits.{index}"] = logits[0, -NUM_KEPT_LOGITS:].float().numpy()
+    tensors: dict[str, np.ndarray] = {}
+    answered: list[list[int]] = []
+    loras: list[str | None] = []
+    for adapter in (None, *source.loras):
+        answering = model if adapter is None else merged(source.load(), adapter, source.folder)
+        asked = prompts if adapter is None else prompts[LORA_PROMPTS]
+        for index, prompt in enumerate(asked, len(answered)):
+            tensors |= _answer(answering, prompt, index, source)
+        answered += asked
+        loras += [None if adapter is None else adapter.name] * len(asked)
+    tensors["prompt_lengths"] = np.array([len(prompt) for prompt in answered])
     metadata = {
+        "loras": json.dumps(loras),
         "texts": json.dumps(text_cases(tokenizer)),
         "chats": json.dumps(_chat_cases(tokenizer)),
         "decoded": json.dumps(_decoded_cases(tokenizer, tensors)),
     }
     save_reference(folder, tensors, metadata)
+
+
+def _answer(model: PreTrainedModel, prompt: list[int], index: int, source: Source) -> dict[str, np.ndarray]:
+    ids = _generate(model, prompt)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids[:-1]])).logits
+    check_finite(logits, source)
+    return {f"ids.{index}": np.array(ids), f"logits.{index}": logits[0, -NUM_KEPT_LOGITS:].float().numpy()}
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:

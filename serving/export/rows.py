@@ -8,6 +8,7 @@ The graph is transformers' own forward, traced, its pooling too. A decoder that 
 last token that is not `pad_token_id`: that very token must pad a batch, on the right.
 """
 
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -27,6 +28,7 @@ from serving.export.questions import questions
 from serving.export.reference import check_finite, save_reference, text_cases
 from serving.export.source import Source
 from serving.export.trace import Example, graph_of
+from serving.export.whole_attention import fused_attention, num_fused
 
 
 class Rows(torch.nn.Module):
@@ -84,12 +86,28 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
-    rows = Rows(model, source.task, source.pooling)
-    graph = graph_of(rows, source.config.num_hidden_layers, lambda layers: _example(rows, source))
+    graph = _traced(Rows(model, source.task, source.pooling), source, options)
     fuse(graph, source.config.max_position_embeddings)
     quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
+
+
+def _traced(rows: Rows, source: Source, options: Options) -> ir.Model:
+    """Return the graph with its weights; the model's attention implementation is changed.
+
+    Each layer's attention is one operator, but for a model that keeps its attention to itself or asks more of it, and
+    in half precision, for which the CPU has no such operator.
+    """
+    own, num_layers = rows.model.config._attn_implementation, source.config.num_hidden_layers
+    example = _example(rows, source)
+    with contextlib.suppress(Exception):  # whatever stops the short cut: its own attention does it, or says why not
+        rows.model.set_attn_implementation(fused_attention() if options.dtype == "fp32" else own)
+        graph = graph_of(rows, num_layers, lambda layers: example)
+        if options.dtype != "fp32" or num_fused(graph) == num_layers:
+            return graph
+    rows.model.set_attn_implementation(own)
+    return graph_of(rows, num_layers, lambda layers: example)
 
 
 def write_settings(
@@ -164,13 +182,13 @@ def _ask(model: PreTrainedModel, source: Source, row: Inputs) -> torch.Tensor:
 
 
 def _example(rows: Rows, source: Source) -> Example:
-    """Return what `rows` is traced with; no size is 1, which the tracer would take for a constant, no two are equal."""
+    """Return what the model is traced with; no size is 1, which the tracer would take for a constant."""
     names = input_names(rows.model, source.load_tokenizer(), source)
+    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
+    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
     ids = torch.tensor([[1, 2, 3, 2], [3, 2, 1, 2]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     inputs["keep"] = torch.tensor([1, 5, 6])
-    sizes = {name: torch.export.Dim(name) for name in ("batch", "tokens", "kept")}
-    shapes = {name: {0: sizes["kept"]} if name == "keep" else {0: sizes["batch"], 1: sizes["tokens"]} for name in names}
     outputs = ["embeddings" if source.task == "embedding" else "logits"]
     return Example({name: inputs[name] for name in names}, shapes, names, outputs)
 

@@ -1,22 +1,24 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest, sha256
+from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
+from serving.export import lora_folder
+from serving.export.adapters import Adapter
 from serving.export.attention import ExportError, KvShape
+from serving.export.fingerprint import fingerprint
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
-from serving.tasks.classifier import NUMBER, SEVERAL, SINGLE
+from serving.export.weights import check_numbers, read_model
+from serving.manifest import NUMBER, SEVERAL, SINGLE
 
 MIN_CONTEXT_LENGTH = {"causal_lm": 64}  # of the others 8: a word between its special tokens
 
@@ -25,17 +27,23 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 FEWEST_LABELS = {SINGLE: 2, SEVERAL: 1, NUMBER: 1}
 
+Loader = Callable[[Path], PreTrainedModel]
+
 
 @dataclass(frozen=True)
 class Source:
     """A model directory that can be exported.
 
+    `body`: where its config.json and most of its weights lie: elsewhere than in `folder` where that is an adapter, or
+    holds one beside its base. `loader` puts those two together, for a bottleneck adapter.
     `layers`: what each layer of a decoder for text caches; the other tasks cache nothing. `trained_length`: the longest
     row that a Trivet run trained on, None where that is not known. `text_pair`: whether it judges pairs of texts:
     always or never, as a Trivet run was trained; either, where nothing is known. `pooling`: of an embedding model.
+    `loras`: the adapters that are kept beside it.
     """
 
     folder: Path
+    body: Path
     task: str
     config: PreTrainedConfig
     architecture: str
@@ -44,6 +52,13 @@ class Source:
     text_pair: str
     pooling: Pooling | None
     provenance: dict[str, Any]
+    loader: Loader | None = None
+    loras: tuple[Adapter, ...] = ()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether `folder` is no more than a LoRA over the model in `body`."""
+        return lora_folder.is_lora(self.folder)
 
     @property
     def labels(self) -> list[str]:
@@ -56,40 +71,27 @@ class Source:
         return getattr(self.config, "problem_type", None) or SINGLE
 
     def load(self) -> PreTrainedModel:
-        """Return the untouched model in fp32 with its own plain attention, ready to evaluate.
+        """Return the untouched model in fp32 with its own plain attention, ready to evaluate; its LoRA is not merged.
 
         Raises ExportError when the weights cannot be read or are not all there: transformers would make up the rest.
         """
-        try:
-            model, loaded = AUTO_CLASSES[self.task].from_pretrained(
-                self.folder,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # so that the names of the tensors are told
-                output_loading_info=True,
-            )
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ExportError(f"{self.folder}: its weights cannot be read ({reason}); save the model again") from None
-        wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-        if self.pooling is not None:
-            wrong = {name for name in wrong if not name.startswith("pooler.")}  # which is not what its vectors are of
-        if wrong:
-            named = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise ExportError(
-                f"{self.folder}: its weights lack {named}, or hold another shape of it; save the model again"
-            )
-        _check_numbers(self.folder, model)
+        if self.loader is not None:
+            model = self.loader(self.folder)
+            model.set_attn_implementation("eager")
+        else:
+            model = read_model(AUTO_CLASSES[self.task], self.body, unused="pooler." if self.pooling else None)
+        if self.is_lora:
+            lora_folder.apply(model, self.folder, self.body)
+        check_numbers(self.folder, model)
         return model.eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer. Raises ExportError when there is none that runs without Python code."""
         fix = "save the tokenizer into it with save_pretrained"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            has_own = self.is_lora and (self.folder / "tokenizer.json").is_file()
+            where = self.folder if has_own else self.body
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ExportError(f"{self.folder}: no tokenizer ({str(error).splitlines()[0]}); {fix}") from None
         if not tokenizer.is_fast:
@@ -99,9 +101,10 @@ class Source:
         return tokenizer
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, load: Loader | None = None) -> Source:
     """Return the model behind `path`: a model directory (Trivet's or plain Hugging Face), a run, or a sweep's winner.
 
+    `load` returns the model of a directory of Trivet that transformers cannot load: a base and a bottleneck adapter.
     Raises BadInput for a folder that is none of them, is altered, or holds a model that cannot be exported.
     """
     folder = find_model(Path(path))
@@ -111,42 +114,49 @@ def open_source(path: Path) -> Source:
         check_files(folder, manifest)
         if why := exportable.refusal(folder, manifest):
             raise ExportError(f"{folder}: {why}")
-    _check_files_present(folder)
+    is_unmerged = manifest is not None and manifest.get("strategy") == "adapter"
+    if is_unmerged and load is None:
+        raise ExportError(
+            f"{folder}: a base and a bottleneck adapter, which only `trivet export` puts together; use it"
+        )
+    body = _body(folder, is_unmerged)
+    _check_files_present(body)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(body, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ExportError(
-            f"{folder}/config.json: transformers cannot read it ({reason}); save the model again"
-        ) from None
-    task, architecture = _check_config(folder, config)
-    layers = probe(folder, config) if task == "causal_lm" else []
-    pooling = read_pooling(folder) if task == "embedding" else None
+        raise ExportError(f"{body}/config.json: transformers cannot read it ({reason}); save the model again") from None
+    task, architecture = _check_config(body, config)
+    layers = probe(body, config) if task == "causal_lm" else []
+    pooling = read_pooling(body) if task == "embedding" else None
     if task in ("classification", "token_classification"):
-        _check_labels(folder, config, task)
+        _check_labels(body, config, task)
     facts = manifest or {}
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
     provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = _hash(folder)
+    provenance["sha256"] = fingerprint(body, folder if body != folder else None)
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
-    return Source(folder, task, config, architecture, layers, trained_length, text_pair, pooling, provenance)
+    loader = load if is_unmerged else None
+    return Source(
+        folder, body, task, config, architecture, layers, trained_length, text_pair, pooling, provenance, loader
+    )
 
 
-def _hash(folder: Path) -> str:
-    """Return one hash for the config and the weights: what the answers depend on."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
+def _body(folder: Path, is_unmerged: bool) -> Path:
+    """Return where the config.json and the weights lie that a model directory is about."""
+    if lora_folder.is_lora(folder):
+        return lora_folder.base_of(folder)
+    return folder / "base" if is_unmerged else folder
 
 
 def find_model(path: Path) -> Path:
     """Return the model directory that `path` is, or that the run or the winner of the sweep at `path` holds."""
     if not path.is_dir():
         raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or lora_folder.is_lora(path):
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
@@ -232,22 +242,3 @@ def _text_pair(task: str, manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return "either"
     return "always" if manifest.get("text_pair") else "never"
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
-    """Raise ExportError where the tokenizer gives ids that the model has no embedding for."""
-    entries, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
-    if needed > entries:
-        raise ExportError(
-            f"{source.folder}: its tokenizer has {needed} entries, but the model embeds {entries}; "
-            "save the tokenizer that it was trained with"
-        )
-
-
-def _check_numbers(folder: Path, model: PreTrainedModel) -> None:
-    """Raise ExportError where a weight is no finite number, if only for a token that no text of the proof has."""
-    for name, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
-            raise ExportError(
-                f"{folder}: its weight {name} holds NaN or infinity; its training diverged: export an earlier one"
-            )

@@ -18,12 +18,11 @@ from fastapi import FastAPI
 from serving.directory import BadInput, read_manifest
 from serving.driver import Driver
 from serving.engine import Engine
+from serving.manifest import COMMANDS, without_endpoint
 from serving.request import Sampling
 from serving.server.app import MAX_BODY_BYTES, build_app
 from serving.server.auth import check_keys
 from serving.task_engine import TaskEngine
-from serving.tasks import TASKS
-from serving.tasks.classifier import SINGLE
 from serving.text import Text
 
 MAX_OPEN_CONNECTIONS = 2048
@@ -78,11 +77,10 @@ def _open_engine(folder: Path, **settings: Any) -> Engine | TaskEngine:
     """Open the directory with the engine of its task. Raises BadInput, also for a task that has no endpoint."""
     manifest = read_manifest(folder, "onnx")
     task = manifest.get("task")
-    what = f"{manifest.get('problem_type', SINGLE)} of {'pairs' if manifest.get('text_pair') == 'always' else 'texts'}"
-    if task in TASKS and (task != "classification" or what != f"{SINGLE} of texts"):
+    if without := without_endpoint(manifest):
         raise BadInput(
-            f"{folder}: its task is {task}{f' ({what})' if task == 'classification' else ''}, which has no endpoint; "
-            f"served are text generation and texts with one label; use: trivet predict {folder}"
+            f"{folder}: its task is {without}, which has no endpoint; served are text generation and texts with one "
+            f"label; use: {COMMANDS[task or '']} {folder}"
         )
     return TaskEngine.open(folder, **settings) if task == "classification" else Engine.open(folder, **settings)
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from serving.manifest import Manifest
+from serving.manifest import NUMBER, SEVERAL, SINGLE, Manifest
 from serving.session import Session
 from serving.tasks.rows import Row
 from serving.tasks.task import Answer, Question, TextTask, softmax
 from serving.text import Text
-
-SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 
 
 @dataclass(frozen=True)

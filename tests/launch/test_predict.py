@@ -132,3 +132,42 @@ def test_the_answers_never_replace_the_rows_they_answer(command, onnx_dir, rows,
         assert code == 2
         assert err == f"error: --output: {output} is the file of --input, which would be lost; give another file\n"
     assert rows.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A small random masked model, and its ONNX directory's place."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(3)
+    words = ["[PAD]", "[UNK]", "[MASK]", "the", "quick", "brown", "fox", "reads", "lines"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.5, **sizes)
+    BertForMaskedLM(config).save_pretrained(folder / "model")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder / "model")
+    return folder
+
+
+def test_masks_are_filled_from_export_to_answer_and_serving_them_is_refused(masked, trivet):
+    onnx_dir = masked / "onnx"
+    code, _, err = trivet("export", masked / "model", onnx_dir)
+    assert code == 0, err
+    assert f"next: trivet predict {onnx_dir}\n" in err
+    code, out, err = trivet("predict", onnx_dir, "--text", "the [MASK] brown [MASK]", "--top-k", "2")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert [len(mask) for mask in answer["masks"]] == [2, 2]
+    filled = [mask[0]["token"] for mask in answer["masks"]]
+    assert answer["text"] == f"the {filled[0]} brown {filled[1]}"
+    code, _, err = trivet("predict", onnx_dir, "--text", "no mask")
+    assert (code, err) == (2, "error: row 1: text: has no [MASK]; put [MASK] where a word is wanted\n")
+    code, _, err = trivet("serve", onnx_dir, "--port", "0")
+    assert (code, "its task is masked_lm, which has no endpoint" in err) == (2, True)
+    code, _, err = trivet("generate", onnx_dir, "--prompt", "x")
+    assert (code, f"its task is masked_lm, not causal_lm; use: trivet predict {onnx_dir}" in err) == (2, True)

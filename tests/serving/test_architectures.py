@@ -35,7 +35,8 @@ DECODERS = {
 }
 
 
-def save_decoder(folder: Path, save, name: str) -> Path:
+def save_decoder(folder: Path, save, name: str, auto: str = "AutoModelForCausalLM") -> Path:
+    """Save a random decoder with a head, loaded by transformers' class `auto`, and a small tokenizer."""
     import transformers
 
     kind, settings, _ = DECODERS[name]
@@ -43,7 +44,7 @@ def save_decoder(folder: Path, save, name: str) -> Path:
     config = getattr(transformers, kind)(
         **{**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings}
     )
-    return save(folder, transformers.AutoModelForCausalLM.from_config(config).eval())
+    return save(folder, getattr(transformers, auto).from_config(config).eval())
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,10 @@ import pytest
 from serving.task_engine import TaskEngine
 
 LABELS = ["short", "long"]
-MANIFEST = {"task": "classification", "labels": LABELS, "max_length": 20, "empty_text_ids": [0]}
+MANIFEST = {
+    "task": "classification", "labels": LABELS, "max_length": 20, "empty_text_ids": [0],
+    "inputs": ["input_ids", "attention_mask"],
+}  # fmt: skip
 REPOSITORY = Path(__file__).parents[3]
 SERVE = """
 import sys
