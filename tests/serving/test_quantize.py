@@ -139,10 +139,15 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(quantization, tmp
 @pytest.mark.parametrize(("quantization", "expected"), [("int8", "MatMulInteger"), ("int4", "MatMulNBits")])
 def test_the_head_and_what_narrows_are_int8_in_blocks(quantization, expected):
     wide, narrow, head = one_layer(random(64, 96)), one_layer(random(96, 64)), one_layer(random(64, 96), head=True)
-    for model in (wide, narrow, head):
+    with_bias = one_layer(random(64, 96))
+    [_, end] = with_bias.graph
+    end.op_type = "Add"
+    end.resize_inputs(2)
+    end.replace_input_with(1, with_bias.graph.inputs[0])
+    for model in (wide, narrow, head, with_bias):
         quantize(model, quantization)
     assert expected in op_types(wide)
-    for model in (narrow, head):
+    for model in (narrow, head, with_bias):
         [node] = [node for node in model.graph if node.op_type == "MatMulNBits"]
         assert node.attributes["bits"].as_int() == 8
 
