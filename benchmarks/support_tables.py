@@ -2,8 +2,8 @@
 
     python benchmarks/support_tables.py
 
-Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20 minutes) and
-tests/serving/test_injected_faults.py, and writes what each test recorded to benchmarks/results/support.md.
+Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20
+minutes) and tests/serving/test_injected_faults.py, and writes what they recorded to benchmarks/results/support.md.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def recorded(file: str, marked: str) -> dict[str, dict[str, str]]:
-    """Run the tests of a file that are marked so; return for each test that passed what it recorded. Ends the script where one failed."""
+    """Run the tests of a file that are marked so; return what each recorded. Ends the script where one failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{file}", "-m", marked, f"--junitxml={report}"]

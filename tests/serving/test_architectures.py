@@ -4,11 +4,14 @@
 """
 
 import collections
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from serving.export import ExportError, Options, export_model
+from serving.directory import BadInput
+from serving.export import ExportError, HeldOutRows, Options, export_model
 
 SIZES = {
     "vocab_size": 320,
