@@ -2,8 +2,8 @@
 
     python benchmarks/support_tables.py
 
-Runs tests/serving/test_support.py (every architecture, task and number format; about 20 minutes) and
-tests/serving/test_injected_faults.py, and writes what each test recorded to benchmarks/results/support.md.
+Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20
+minutes) and tests/serving/test_injected_faults.py, and writes what they recorded to benchmarks/results/support.md.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ TASKS = {
 
 
 def main() -> None:
-    support, faults = recorded("test_support.py"), recorded("test_injected_faults.py")
+    support, faults = recorded("test_architectures.py", "slow"), recorded("test_injected_faults.py", "not slow")
     text = "\n\n".join(
         ["# What is exported, and what is refused", about(), *support_table(support), fault_table(faults)]
     )
@@ -34,11 +34,11 @@ def main() -> None:
     print(text)
 
 
-def recorded(file: str) -> dict[str, dict[str, str]]:
-    """Run a file of tests; return for each test that passed what it recorded. Ends the script where one failed."""
+def recorded(file: str, marked: str) -> dict[str, dict[str, str]]:
+    """Run the tests of a file that are marked so; return what each recorded. Ends the script where one failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{file}", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{file}", "-m", marked, f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         cases = ElementTree.parse(report).getroot().iter("testcase")
         return {
