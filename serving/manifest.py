@@ -29,10 +29,12 @@ FIELDS = {
     "token_classification": ("labels", *_OF_TEXTS),
     "masked_lm": ("mask_token", "mask_token_id", *_OF_TEXTS),
     "embedding": _OF_TEXTS,
+    "module": ("inputs", "outputs", "row_shapes", "row_types", "source"),
 }
 COMMANDS = {
     "causal_lm": "trivet generate",
     **dict.fromkeys(("classification", "token_classification", "masked_lm", "embedding"), "trivet predict"),
+    "module": "serving.module.Module.open, in Python, for",
 }
 
 

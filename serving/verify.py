@@ -10,18 +10,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serving import verify_decoder, verify_quantized, verify_rows
+from serving import verify_decoder, verify_module, verify_quantized, verify_rows
 from serving.directory import BadInput, check_files, identity, read_manifest
 from serving.manifest import check_fields
 from serving.proofs import append_verification, earlier_records
 from serving.session import Session, onnxruntime_version
 from serving.tasks import TASKS
 
-RUN_CHECKS = {"causal_lm": verify_decoder.run_checks, **dict.fromkeys(TASKS, verify_rows.run_checks)}
+RUN_CHECKS = {
+    "causal_lm": verify_decoder.run_checks,
+    "module": verify_module.run_checks,
+    **dict.fromkeys(TASKS, verify_rows.run_checks),
+}
 
 
 class VerificationFailed(BadInput):
-    """The ONNX directory does not answer as its source does; the message has the evidence."""
+    """The ONNX directory does not answer as its source does; the message has the evidence, `record` all of it."""
+
+    record: dict[str, Any] | None = None
 
 
 def verify(

@@ -3,14 +3,13 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.directory import DirectoryError, read_manifest, seal, staged
+from serving.directory import seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
@@ -19,16 +18,18 @@ from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.loras import check_fits
 from serving.export.options import Options
+from serving.export.plain_module import export_module
 from serving.export.providers import provider_of_proof
 from serving.export.source import Loader, Source, find_model, open_source
+from serving.export.target import check_target, versions
 from serving.export.trace import quiet
 from serving.export.weights import check_vocabulary
 from serving.proof_process import prove_apart
 from serving.proofs import append_verification
-from serving.session import GRAPH, onnxruntime_version
+from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove
 
-__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model"]
+__all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model", "export_module"]
 
 LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
@@ -60,44 +61,62 @@ def export_model(
     onnx_dir = Path(onnx_dir).resolve()
     if options.quantization is not None and held_out is None:
         raise ExportError(f"quantization {options.quantization}: nothing to measure its cost on; give held_out rows")
-    _check_target(onnx_dir, find_model(Path(source)).resolve())
+    check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
-    with quiet():
-        opened = _with_loras(open_source(Path(source), load), options)
-        exporter = EXPORTERS[opened.task]
-        tokenizer = opened.load_tokenizer()
-        model = opened.load()
-        check_vocabulary(model, tokenizer, opened.folder)
-        check_weights(model, options.dtype)
+    opened, tokenizer, model = _read(Path(source), options, load)
     with staged(onnx_dir) as folder:
-        report("running the source model")
-        with quiet(), watched(model, options.dtype):
-            exporter.write_reference(model, tokenizer, opened, folder)
-            if held_out is not None:
-                add_held_out(model, tokenizer, opened, held_out, folder)
-        report("writing the graph")
-        if opened.is_lora:
-            lora_folder.merge(model, opened.folder, opened.body)
-        convert(model, options.dtype)
-        inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
-        with quiet():
-            # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
-            tokenizer.save_pretrained(folder)
-            fields = exporter.write_settings(model, tokenizer, opened, folder)
-        manifest = {**_manifest(opened, options, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
-        seal(folder, "onnx", **manifest)
-        del model
+        _write(model, tokenizer, opened, options, held_out, folder, report)
+        del model  # the proof takes as much memory again
         if provider is None:
             reason = f"nothing here runs {options.dtype}"
             return {"provider": None, "passed": False, "reason": reason, "checks": {}}
         record = _proof(folder, provider, report)
         append_verification(folder, record)
         if not record["passed"]:
-            raise VerificationFailed(
+            error = VerificationFailed(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
+            error.record = record
+            raise error
     return record
+
+
+def _read(path: Path, options: Options, load: Loader | None) -> tuple[Source, PreTrainedTokenizerBase, PreTrainedModel]:
+    with quiet():
+        opened = _with_loras(open_source(path, load), options)
+        tokenizer, model = opened.load_tokenizer(), opened.load()
+        check_vocabulary(model, tokenizer, opened.folder)
+        check_weights(model, options.dtype)
+    return opened, tokenizer, model
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: Source,
+    options: Options,
+    held_out: HeldOutRows | None,
+    folder: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Write all of an ONNX directory but its proof: first what the untouched model answers, then what is made of it."""
+    exporter = EXPORTERS[opened.task]
+    report("running the source model")
+    with quiet(), watched(model, options.dtype):
+        exporter.write_reference(model, tokenizer, opened, folder)
+        if held_out is not None:
+            add_held_out(model, tokenizer, opened, held_out, folder)
+    report("writing the graph")
+    if opened.is_lora:
+        lora_folder.merge(model, opened.folder, opened.body)
+    convert(model, options.dtype)
+    inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
+    with quiet():
+        # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
+        tokenizer.save_pretrained(folder)
+        fields = exporter.write_settings(model, tokenizer, opened, folder)
+    seal(folder, "onnx", **_manifest(opened, options, tokenizer) | fields, inputs=inputs, outputs=outputs)
 
 
 def _with_loras(source: Source, options: Options) -> Source:
@@ -117,19 +136,6 @@ def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[s
     return prove_apart(folder, provider, progress=report)
 
 
-def _check_target(onnx_dir: Path, model_dir: Path) -> None:
-    """Raise ExportError where `onnx_dir` holds anything else than an older export, or overlaps with the model."""
-    if onnx_dir == model_dir or model_dir in onnx_dir.parents or onnx_dir in model_dir.parents:
-        raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
-    if onnx_dir.exists() and not onnx_dir.is_dir():
-        raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
-    if onnx_dir.is_dir() and any(onnx_dir.iterdir()):
-        try:
-            read_manifest(onnx_dir, "onnx")
-        except DirectoryError as error:
-            raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
-
-
 def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     template = tokenizer.chat_template
     return {
@@ -141,9 +147,5 @@ def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBa
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
         "source": source.provenance,
-        "versions": {
-            # The distribution may be onnxruntime or onnxruntime-gpu; the module is the same.
-            **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
-            "onnxruntime": onnxruntime_version(),
-        },
+        "versions": versions(),
     }

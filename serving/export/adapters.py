@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from serving.export.attention import ExportError
 from serving.export.fingerprint import fingerprint
-from serving.export.lora_folder import CONFIG, WEIGHTS
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

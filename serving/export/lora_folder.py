@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from serving.directory import MANIFEST, DirectoryError, check_files, read_manifest
+from serving.export.adapters import CONFIG, WEIGHTS
 from serving.export.attention import ExportError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ENDINGS = {"CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_CLS": ("ForSequenceClassification",),
             "TOKEN_CLS": ("ForTokenClassification",)}  # fmt: skip
 _CLOSE = 1e-2  # of a matrix's largest number: more than rounding to bf16 makes

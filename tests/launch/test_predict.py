@@ -143,7 +143,7 @@ def masked(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("masked")
     torch.manual_seed(3)
-    words = ["[PAD]", "[UNK]", "[MASK]", *["the", "quick", "brown", "fox", "reads", "a", "file", "of", "lines"]]
+    words = ["[PAD]", "[UNK]", "[MASK]", "the", "quick", "brown", "fox", "reads", "lines"]
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.5, **sizes)
     BertForMaskedLM(config).save_pretrained(folder / "model")

@@ -1,0 +1,28 @@
+"""Where an export goes, and what every export says of how it was made."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from serving.directory import DirectoryError, read_manifest
+from serving.export.attention import ExportError
+from serving.session import onnxruntime_version
+
+
+def check_target(onnx_dir: Path, model_dir: Path | None = None) -> None:
+    """Raise ExportError where `onnx_dir` holds anything else than an older export, or overlaps with the model."""
+    if model_dir and (onnx_dir == model_dir or model_dir in onnx_dir.parents or onnx_dir in model_dir.parents):
+        raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
+    if onnx_dir.exists() and not onnx_dir.is_dir():
+        raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
+    if onnx_dir.is_dir() and any(onnx_dir.iterdir()):
+        try:
+            read_manifest(onnx_dir, "onnx")
+        except DirectoryError as error:
+            raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what made the graph and of what ran it."""
+    # The distribution may be onnxruntime or onnxruntime-gpu; the module is the same.
+    makers = {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")}
+    return {**makers, "onnxruntime": onnxruntime_version()}
