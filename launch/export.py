@@ -19,22 +19,28 @@ from serving.verify import VerificationFailed, verify
 _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a check, where it counts them
 
 
-def export(model: Path, onnx_dir: Path, *, explain: bool = False, **asked: Any) -> int:
+def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | None = None, **asked: Any) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
 
-    `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of.
+    `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of; `data`: held-out text
+    for what quantisation costs.
     SIGTERM ends it as Ctrl-C does: with nothing half-written.
     """
+    from launch.held_out import held_out_rows, refuse_data
     from serving.export import Options, export_model
     from trainer.model_dir import load
 
     options = Options(**asked)
+    if options.quantization is None:
+        refuse_data(data)
+    held_out = held_out_rows(model, data) if options.quantization else None
     console = Console(stderr=True)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with console.status("export") as status:
             show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
-            record = export_model(model, onnx_dir, options, load=load, progress=lambda stage: show(f"export: {stage}"))
+            tell = lambda stage: show(f"export: {stage}")  # noqa: E731
+            record = export_model(model, onnx_dir, options, held_out=held_out, load=load, progress=tell)
     except VerificationFailed as error:
         return _failed(error)
     finally:

@@ -43,17 +43,18 @@ class HeldOut:
         if "ids" not in tensors or "origin" not in about:
             raise DirectoryError(f"{folder / REFERENCE}: holds no held-out text; export the model again")
         ends = np.cumsum(tensors.pop("lengths"))
-        ids, types = (
-            [row.tolist() for row in np.split(tensors.pop(name), ends[:-1])] if name in tensors else None
+        rows = {
+            name: [row.tolist() for row in np.split(tensors.pop(name), ends[:-1])]
             for name in ("ids", "types")
-        )
-        return cls(about["origin"], ids or [], types, tensors)
+            if name in tensors
+        }
+        return cls(about["origin"], rows["ids"], rows.get("types"), tensors)
 
     @property
     def rows(self) -> list[Row]:
         """The texts as rows of tokens."""
-        types = self.types or [None] * len(self.ids)
-        return [Row(ids, False, each) for ids, each in zip(self.ids, types, strict=True)]
+        types = self.types
+        return [Row(ids, False, None if types is None else types[place]) for place, ids in enumerate(self.ids)]
 
 
 def check_quality(session: Session, manifest: Manifest, held_out: HeldOut) -> Check:
@@ -61,7 +62,7 @@ def check_quality(session: Session, manifest: Manifest, held_out: HeldOut) -> Ch
     return _CHECKS[manifest["task"]](session, manifest, held_out)
 
 
-def log_likelihoods(logits_PV: np.ndarray, ids_P: Sequence[int]) -> np.ndarray:
+def log_likelihoods(logits_PV: np.ndarray, ids_P: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the log-probability of each of these tokens; NaN where its logits are not finite."""
     shifted_PV = logits_PV.astype(np.float64)
     shifted_PV -= shifted_PV.max(axis=-1, keepdims=True)
@@ -83,7 +84,9 @@ def _masked_tokens(session: Session, manifest: Manifest, held_out: HeldOut) -> C
     return _perplexity(manifest, held_out, zip(logits, targets, strict=True))
 
 
-def _perplexity(manifest: Manifest, held_out: HeldOut, runs: Iterable[tuple[np.ndarray, Sequence[int]]]) -> Check:
+def _perplexity(
+    manifest: Manifest, held_out: HeldOut, runs: Iterable[tuple[np.ndarray, Sequence[int] | np.ndarray]]
+) -> Check:
     """Compare the perplexity of tokens with the source's, given for each text the logits [P, V] and what was there."""
     pairs = [(log_likelihoods(logits_PV, ids_P), logits_PV.argmax(-1)) for logits_PV, ids_P in runs]
     found_P, top_P = (np.concatenate(each) for each in zip(*pairs, strict=True))

@@ -25,7 +25,9 @@ RUN_CHECKS = {
 
 
 class VerificationFailed(BadInput):
-    """The ONNX directory does not answer as its source does; the message has the evidence."""
+    """The ONNX directory does not answer as its source does; the message has the evidence, `record` all of it."""
+
+    record: dict[str, Any] | None = None
 
 
 def verify(

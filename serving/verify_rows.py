@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from serving.checks import TOLERANCES, Cases, Check, check_text, graded, max_abs_diff, near_tie
+from serving.checks import (
+    RMS_TOLERANCES,
+    TOLERANCES,
+    Cases,
+    Check,
+    check_text,
+    graded,
+    graded_mean,
+    max_abs_diff,
+    near_tie,
+)
 from serving.directory import REFERENCE, BadInput, DirectoryError
 from serving.manifest import Manifest
 from serving.session import Session
@@ -58,8 +68,16 @@ class Reference:
     @property
     def tolerance(self) -> float:
         """The largest absolute difference of outputs that is accepted."""
+        return self._share(TOLERANCES[self.dtype])
+
+    @property
+    def rms_tolerance(self) -> float:
+        """The largest root of the mean squared difference that is accepted."""
+        return self._share(RMS_TOLERANCES[self.dtype])
+
+    def _share(self, accepted: float) -> float:
         largest = float(np.abs(self.outputs_RL).max())
-        return max(TOLERANCES[self.dtype] * float(self.outputs_RL.std()), _ROUNDING * largest)
+        return max(accepted * float(self.outputs_RL.std()), _ROUNDING * largest)
 
 
 def run_checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
@@ -102,7 +120,10 @@ def check_outputs(session: Session, manifest: Manifest, reference: Reference, *,
     if found_RL.shape != reference.outputs_RL.shape:
         found = f"outputs of shape {found_RL.shape}, not {reference.outputs_RL.shape}"
         return {"passed": False, "found": found, "rows": len(rows), "batch": batch}
-    return graded(max_abs_diff(found_RL, reference.outputs_RL), reference.tolerance, rows=len(rows), batch=batch)
+    difference = max_abs_diff(found_RL, reference.outputs_RL)
+    check = graded(difference, reference.tolerance, rows=len(rows), batch=batch)
+    rms = float(np.square(found_RL - reference.outputs_RL, dtype=np.float64).mean() ** 0.5)
+    return graded_mean(check, rms, reference.rms_tolerance)
 
 
 def check_answers(task: TextTask, reference: Reference) -> Check:

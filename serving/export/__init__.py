@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import seal, staged
 from serving.export import decoder, lora_folder, rows
@@ -64,48 +64,66 @@ def export_model(
     check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
-    with quiet():
-        opened = _with_loras(open_source(Path(source), load), options)
-        exporter = EXPORTERS[opened.task]
-        tokenizer = opened.load_tokenizer()
-        model = opened.load()
-        check_vocabulary(model, tokenizer, opened.folder)
-        check_weights(model, options.dtype)
+    opened, tokenizer, model = _read(Path(source), options, load)
     with staged(onnx_dir) as folder:
-        report("running the source model")
-        with quiet(), watched(model, options.dtype):
-            exporter.write_reference(model, tokenizer, opened, folder)
-            if held_out is not None:
-                add_held_out(model, tokenizer, opened, held_out, folder)
-        report("writing the graph")
-        if opened.is_lora:
-            lora_folder.merge(model, opened.folder, opened.body)
-        convert(model, options.dtype)
-        inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
-        with quiet():
-            # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
-            tokenizer.save_pretrained(folder)
-            fields = exporter.write_settings(model, tokenizer, opened, folder)
-        manifest = {**_manifest(opened, options, tokenizer), **fields, "inputs": inputs, "outputs": outputs}
-        seal(folder, "onnx", **manifest)
-        del model
+        _write(model, tokenizer, opened, options, held_out, folder, report)
+        del model  # the proof takes as much memory again
         if provider is None:
             reason = f"nothing here runs {options.dtype}"
             return {"provider": None, "passed": False, "reason": reason, "checks": {}}
         record = _proof(folder, provider, report)
         append_verification(folder, record)
         if not record["passed"]:
-            raise VerificationFailed(
+            error = VerificationFailed(
                 f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
             )
+            error.record = record
+            raise error
     return record
+
+
+def _read(path: Path, options: Options, load: Loader | None) -> tuple[Source, PreTrainedTokenizerBase, PreTrainedModel]:
+    with quiet():
+        opened = _with_loras(open_source(path, load), options)
+        tokenizer, model = opened.load_tokenizer(), opened.load()
+        check_vocabulary(model, tokenizer, opened.folder)
+        check_weights(model, options.dtype)
+    return opened, tokenizer, model
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: Source,
+    options: Options,
+    held_out: HeldOutRows | None,
+    folder: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Write all of an ONNX directory but its proof: first what the untouched model answers, then what is made of it."""
+    exporter = EXPORTERS[opened.task]
+    report("running the source model")
+    with quiet(), watched(model, options.dtype):
+        exporter.write_reference(model, tokenizer, opened, folder)
+        if held_out is not None:
+            add_held_out(model, tokenizer, opened, held_out, folder)
+    report("writing the graph")
+    if opened.is_lora:
+        lora_folder.merge(model, opened.folder, opened.body)
+    convert(model, options.dtype)
+    inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
+    with quiet():
+        # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
+        tokenizer.save_pretrained(folder)
+        fields = exporter.write_settings(model, tokenizer, opened, folder)
+    seal(folder, "onnx", **_manifest(opened, options, tokenizer) | fields, inputs=inputs, outputs=outputs)
 
 
 def _with_loras(source: Source, options: Options) -> Source:
     """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
-    if options.loras and (source.task != "causal_lm" or options.quantization):
-        found = f"a model for {source.task}" if source.task != "causal_lm" else f"--quantize {options.quantization}"
-        raise ExportError(f"--loras: found with {found}; accepted: language models that are not quantized")
+    if options.loras and (source.task != "causal_lm" or source.body != source.folder):
+        found = f"a model for {source.task}" if source.body == source.folder else f"an adapter over {source.body}"
+        raise ExportError(f"--loras: {source.folder} is {found}; accepted: language models, whole")
     adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
     check_fits(source.config, adapters)
     return replace(source, loras=adapters)

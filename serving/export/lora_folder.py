@@ -84,12 +84,14 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
-    if (folder.parent / MANIFEST).is_file() and (folder.parent / "config.json").is_file():
-        _compare(model, folder, base)
+    check_base(model, folder, base)
 
 
-def _compare(model: PreTrainedModel, folder: Path, base: Path) -> None:
-    mine = model.state_dict()
+def check_base(merged: PreTrainedModel, folder: Path, base: Path) -> None:
+    """Raise ExportError where the adapter lies beside what it was once merged into, and `merged` is another model."""
+    if not ((folder.parent / MANIFEST).is_file() and (folder.parent / "config.json").is_file()):
+        return
+    mine = merged.state_dict()
     for path in sorted(folder.parent.glob("*.safetensors")):
         for name, once in load_file(path).items():
             if name in mine and not _alike(mine[name], once.float()):

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from serving.export.adapters import Adapter
 from serving.export.attention import ExportError
+from serving.export.lora_folder import check_base
 from serving.loras import STACKS
 
 
@@ -78,13 +79,18 @@ def put_into(model: PreTrainedModel, adapters: Sequence[Adapter], selection: Sel
         model.set_submodule(name, WithLoras(layer, selection, a.to(model.dtype), b.to(model.dtype)))
 
 
-def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
-    """Return `model` with the adapter merged into it, by PEFT: what the graph is compared with."""
+def merged(model: PreTrainedModel, adapter: Adapter, base: Path) -> PreTrainedModel:
+    """Return the model of `base` with the adapter merged into it, by PEFT: what the graph is compared with.
+
+    Raises ExportError where what lies beside the adapter says that the base has changed since.
+    """
     try:
         from peft import PeftModel
     except ImportError:
         raise ExportError("--loras: needs PEFT, which merges for the proof; run: pip install 'trivet[train]'") from None
-    return PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().eval()
+    whole = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().eval()
+    check_base(whole, adapter.folder, base)
+    return whole
 
 
 def _sizes(layer: torch.nn.Module) -> tuple[int, int] | None:

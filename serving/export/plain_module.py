@@ -85,8 +85,8 @@ def _named(module: torch.nn.Module, given: Any) -> Tensors:
         names = [each.name for each in inspect.signature(module.forward).parameters.values() if each.kind in kinds]
         if len(names) < len(values):
             raise ExportError(
-                f"example_inputs: {len(values)} found, but {_kind(module)} takes {', '.join(names) or 'none'}"
-                " by position; give a dict of the inputs by name"
+                f"example_inputs: {len(values)} found, but forward of {_kind(module)} takes "
+                f"{', '.join(names) or 'none'} by position; give a dict of the inputs by name"
             )
         given = dict(zip(names, values, strict=False))
     for name, value in given.items():

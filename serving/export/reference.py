@@ -53,7 +53,7 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     answered: list[list[int]] = []
     loras: list[str | None] = []
     for adapter in (None, *source.loras):
-        answering = model if adapter is None else merged(source.load(), adapter)
+        answering = model if adapter is None else merged(source.load(), adapter, source.folder)
         asked = prompts if adapter is None else prompts[LORA_PROMPTS]
         for index, prompt in enumerate(asked, len(answered)):
             tensors |= _answer(answering, prompt, index, source)

@@ -1,11 +1,17 @@
-"""Every decoder of the support table exports by the same code, alike layers traced once, proven; or is refused."""
+"""Decoders export by one code, alike layers traced once; every architecture, task and format is proven, or refused.
+
+`benchmarks/support_tables.py` makes the support table from what the slow tests record.
+"""
 
 import collections
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from serving.export import ExportError, Options, export_model
+from serving.directory import BadInput
+from serving.export import ExportError, HeldOutRows, Options, export_model
 
 SIZES = {
     "vocab_size": 320,
@@ -35,7 +41,8 @@ DECODERS = {
 }
 
 
-def save_decoder(folder: Path, save, name: str) -> Path:
+def save_decoder(folder: Path, save, name: str, auto: str = "AutoModelForCausalLM") -> Path:
+    """Save a random decoder with a head, loaded by transformers' class `auto`, and a small tokenizer."""
     import transformers
 
     kind, settings, _ = DECODERS[name]
@@ -43,7 +50,7 @@ def save_decoder(folder: Path, save, name: str) -> Path:
     config = getattr(transformers, kind)(
         **{**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings}
     )
-    return save(folder, transformers.AutoModelForCausalLM.from_config(config).eval())
+    return save(folder, getattr(transformers, auto).from_config(config).eval())
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +144,63 @@ def test_a_decoder_with_attention_of_its_own_is_refused_by_name(tmp_path, save_w
     with pytest.raises(ExportError, match=r"ForCausalLM cannot be exported: it does not put every layer"):
         export_model(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+# --- the support table
+
+FORMATS = {
+    "fp32": {},
+    "fp16": {"dtype": "fp16"},
+    "int8": {"quantization": "int8"},
+    "int8-weights": {"quantization": "int8-weights"},
+    "int4": {"quantization": "int4"},
+}
+DECODER_TASKS = {
+    "text": "AutoModelForCausalLM",
+    "label": "AutoModelForSequenceClassification",
+    "tags": "AutoModelForTokenClassification",
+}
+ENCODERS = ("bert", "roberta", "distilbert", "electra")
+ENCODER_TASKS = ("label", "pair", "labels", "number", "tags", "masks", "vector")
+
+
+def held_out() -> HeldOutRows:
+    """Return texts of random words of the small tokenizers."""
+    random.seed(0)
+    words = ["the", "quick", "brown", "fox", "returns", "the", "list", "of", "the", "lines", "in", "the", "file"]
+    texts = [" ".join(random.choices(words, k=30)) for _ in range(40)]
+    return HeldOutRows([{"text": text} for text in texts], "words at random")
+
+
+def outcomes(model, tmp_path, record_property) -> dict[str, str]:
+    """Export in every format; return what came of each, and record it."""
+    found = {}
+    for name, asked in FORMATS.items():
+        try:
+            rows = held_out() if "quantization" in asked else None
+            export_model(model, tmp_path / name, Options(**asked), held_out=rows)
+            found[name] = "verified"
+        except BadInput as error:
+            found[name] = str(error).replace(str(model), "").lstrip(": ")
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        record_property(name, found[name])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [(name, task) for name in DECODERS for task in DECODER_TASKS if (name, task) != ("opt", "tags")],  # no such head
+)
+def test_a_decoder(name, task, tmp_path, save_with_tokenizer, record_property):
+    model = save_decoder(tmp_path / "model", save_with_tokenizer, name, DECODER_TASKS[task])
+    found = outcomes(model, tmp_path, record_property)
+    assert found["fp32"] == "verified"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ENCODER_TASKS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder(name, task, tmp_path, save_text_model, record_property):
+    found = outcomes(save_text_model(tmp_path / "model", name, task), tmp_path, record_property)
+    assert found["fp32"] == "verified"

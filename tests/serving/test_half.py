@@ -63,12 +63,33 @@ def test_fp16_gives_the_same_tokens_alone_and_in_a_crowd(fp16_dir, prompts):
     assert [each.output_ids for each in crowd] == [alone.generate([ids], sampling)[0].output_ids for ids in prompts]
 
 
-def test_a_classifier_in_fp16_passes_its_proof(save_classifier, tmp_path):
-    source = save_classifier(tmp_path / "model", "bert")
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [("bert", "label"), ("electra", "tags"), ("distilbert", "masks"), ("bert", "vector"), ("gpt2", "number")],
+)
+def test_every_task_over_texts_passes_its_proof_in_fp16(save_text_model, tmp_path, kind, asked):
+    source = save_text_model(tmp_path / "model", kind, asked)
     record = export_model(source, tmp_path / "onnx", Options(dtype="fp16"))
     assert record["passed"]
-    assert types_of(tmp_path / "onnx")["logits"] == 1  # fp32
-    assert 10 in types_of(tmp_path / "onnx").values()  # fp16
+    found = record["checks"]["logits_padded_batch"]
+    assert 1e-6 < found["rms_diff"] < found["rms_tolerance"]
+    types = types_of(tmp_path / "onnx")
+    assert types["embeddings" if asked == "vector" else "logits"] == 1, "fp32"
+    assert 10 in types.values(), "fp16"
+
+
+def test_a_classifier_with_a_matrix_three_percent_too_large_is_seen_in_fp16(save_text_model, tmp_path, monkeypatch):
+    from serving.export import rows
+
+    real = rows.write_graph
+
+    def wrong(model, source, options, path):
+        model.bert.encoder.layer[1].output.dense.weight.data *= 1.03
+        return real(model, source, options, path)
+
+    monkeypatch.setattr(rows, "write_graph", wrong)
+    with pytest.raises(VerificationFailed, match="logits_one_by_one"):
+        export_model(save_text_model(tmp_path / "model", "bert", "label"), tmp_path / "onnx", Options(dtype="fp16"))
 
 
 def test_the_reference_of_a_half_precision_export_is_the_fp32_sources(fp16_dir, onnx_dir):

@@ -254,5 +254,38 @@ def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir
     refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
 
 
+def test_adapters_over_a_classifier_or_over_another_adapter_are_refused(adapters, save_classifier, tmp_path):
+    classifier = save_classifier(tmp_path / "classifier", "bert")
+    refused(classifier, (adapters["news"],), tmp_path, "classifier is a model for classification; accepted: language")
+    refused(adapters["poems"], (adapters["news"],), tmp_path, "poems is an adapter over .*; accepted: language models")
+
+
 def test_a_directory_with_adapters_can_be_verified_elsewhere(exported_loras, tmp_path):
     assert verify(shutil.copytree(exported_loras[0], tmp_path / "copy"))["passed"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adapter(model_dir, tmp_path, kind):
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from serving.directory import seal
+
+    base = Path(shutil.copytree(model_dir(kind), tmp_path / "base"))
+    run = tmp_path / "news" / "model"
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[kind]
+    save_adapter(base, run / "adapter", r=2, lora_alpha=8, target_modules=targets)
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").merge_and_unload()
+    whole.save_pretrained(run)
+    seal(run, "model", objective="causal_lm", strategy="lora", labels=None, base_model=str(base), step=1)
+    assert export_model(base, tmp_path / "before", Options(loras=(tmp_path / "news",)))["passed"]
+    tensors = load_file(base / "model.safetensors")
+    name = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}[kind]
+    tensors[name] += 0.1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ExportError, match=f"its base {base} has changed since: {name} is not what {run} was merged into"
+    ):
+        export_model(base, tmp_path / "onnx", Options(loras=(tmp_path / "news",)))
+    assert not (tmp_path / "onnx").exists()

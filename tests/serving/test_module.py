@@ -140,7 +140,7 @@ def test_rows_that_depend_on_each_other_are_never_published(tmp_path):
     ("given", "message"),
     [
         ([], "batches of nothing; accepted: of one size, one or more"),
-        ([torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2)], "3 found, but Two takes ids, weights"),
+        ([torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2)], "3 found, but forward of Two takes ids, weights"),
         ({"ids": torch.zeros(2, 4), "weights": torch.zeros(3, 4)}, "batches of {'ids': 2, 'weights': 3}"),
         ({"ids": torch.tensor(3)}, r"ids is torch.Size\(\[\]\); accepted: tensors whose first size is the batch"),
         ({"ids": "text"}, "ids is str; accepted: tensors"),

@@ -1,0 +1,95 @@
+"""What can be exported, and which faults are refused: the tables, from the tests that show it.
+
+    python benchmarks/support_tables.py
+
+Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20
+minutes) and tests/serving/test_injected_faults.py, and writes what they recorded to benchmarks/results/support.md.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FORMATS = ("fp32", "fp16", "int8", "int8-weights", "int4")
+TASKS = {
+    "text": "text generation", "label": "one label of a text", "pair": "one label of a pair",
+    "labels": "several labels", "number": "a number", "tags": "a label for each word",
+    "masks": "masked words", "vector": "embeddings",
+}  # fmt: skip
+
+
+def main() -> None:
+    support, faults = recorded("test_architectures.py", "slow"), recorded("test_injected_faults.py", "not slow")
+    text = "\n\n".join(
+        ["# What is exported, and what is refused", about(), *support_table(support), fault_table(faults)]
+    )
+    (ROOT / "benchmarks" / "results" / "support.md").write_text(text + "\n")
+    print(text)
+
+
+def recorded(file: str, marked: str) -> dict[str, dict[str, str]]:
+    """Run the tests of a file that are marked so; return what each recorded. Ends the script where one failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{file}", "-m", marked, f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        return {
+            case.attrib["name"]: {each.attrib["name"]: each.attrib["value"] for each in case.iter("property")}
+            for case in cases
+        }
+
+
+def support_table(found: dict[str, dict[str, str]]) -> list[str]:
+    """Return the table of architectures, tasks and formats, and below it why something was refused."""
+    lines = [f"| architecture | task | {' | '.join(FORMATS)} |", "|---" * (2 + len(FORMATS)) + "|"]
+    reasons: dict[str, int] = {}
+    for test, outcomes in found.items():
+        task, name = re.fullmatch(r".*\[(.+?)-(.+)\]", test).groups()  # type: ignore[union-attr]
+        task, name = (task, name) if task in TASKS else (name, task)
+        cells = [cell(outcomes[each], reasons) if outcomes else "no such head" for each in FORMATS]
+        lines.append(f"| {name} | {TASKS[task]} | {' | '.join(cells)} |")
+    return ["\n".join(lines), "\n".join(f"{number}. {reason}" for reason, number in reasons.items())]
+
+
+def cell(outcome: str, reasons: dict[str, int]) -> str:
+    """Return `verified`, or `refused` with the number of the reason, figures left out."""
+    if outcome == "verified":
+        return outcome
+    reason = re.sub(r"\d[\d.e+-]*", "#", outcome)
+    return f"refused ({reasons.setdefault(reason, len(reasons) + 1)})"
+
+
+def fault_table(found: dict[str, dict[str, str]]) -> str:
+    """Return the table of faults and of the evidence with which each was refused."""
+    lines = ["| fault | refused with |", "|---|---|"]
+    for test, facts in found.items():
+        name = test.partition("[")[2].rstrip("]") or test.removeprefix("test_").partition("[")[0]
+        evidence = facts["evidence"].replace("|", "/")
+        lines.append(f"| {name.replace('_', ' ')} | {evidence[:240]}{'...' if len(evidence) > 240 else ''} |")
+    return "\n".join(lines)
+
+
+def about() -> str:
+    """Return what the tables were made with."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    names = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return (
+        f"`python benchmarks/support_tables.py` at commit {commit}, {platform.machine()}, {os.cpu_count()} CPU cores, "
+        f"{versions}. Random models of two to four layers: this is about the graphs, not about the quality of "
+        "quantised trained weights, for which see quantization.md."
+    )
+
+
+if __name__ == "__main__":
+    main()
