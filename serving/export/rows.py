@@ -27,7 +27,7 @@ from serving.export.quantize import quantize
 from serving.export.questions import questions
 from serving.export.reference import check_finite, save_reference, text_cases
 from serving.export.source import Source
-from serving.export.trace import Example, graph_of
+from serving.export.trace import Example, graph_of, quiet
 from serving.export.whole_attention import fused_attention, num_fused
 
 
@@ -102,7 +102,8 @@ def _traced(rows: Rows, source: Source, options: Options) -> ir.Model:
     own, num_layers = rows.model.config._attn_implementation, source.config.num_hidden_layers
     example = _example(rows, source)
     with contextlib.suppress(Exception):  # whatever stops the short cut: its own attention does it, or says why not
-        rows.model.set_attn_implementation(fused_attention() if options.dtype == "fp32" else own)
+        with quiet():
+            rows.model.set_attn_implementation(fused_attention() if options.dtype == "fp32" else own)
         graph = graph_of(rows, num_layers, lambda layers: example)
         if options.dtype != "fp32" or num_fused(graph) == num_layers:
             return graph

@@ -15,8 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 NAME, _OPERATOR = "trivet_whole_texts", "MultiHeadAttention"
 
-# Passed along to every attention function, and without a say in it where there is a mask and no cache.
-_HARMLESS = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions"}
+# Passed along to every attention function, and without a say in it where there is a mask and no cache; the last is for
+# the backward pass of one implementation.
+_HARMLESS = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "deterministic"}
 
 
 class CannotFuse(Exception):

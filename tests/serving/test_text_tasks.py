@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,26 @@ def test_a_vector_may_be_the_first_tokens_and_of_any_length(save_text_model, tmp
     _, _, output = source(folder, "AutoModel", TEXTS, max_length=24)
     found = [task.answer(task.encode(text))["embedding"] for text in TEXTS]
     np.testing.assert_allclose(found, output.last_hidden_state[:, 0], atol=1e-5)
+
+
+MINILM = Path(__file__).parents[2] / "models" / "all-MiniLM-L6-v2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MINILM.is_dir(), reason="no models/all-MiniLM-L6-v2 (make models)")
+def test_the_vectors_of_a_real_encoder_are_those_of_transformers(tmp_path):
+    from serving.export import export_model
+
+    assert export_model(MINILM, tmp_path / "onnx")["passed"]
+    task = open_task(tmp_path / "onnx")
+    assert (task.manifest["max_length"], task.manifest["pooling"], task.manifest["normalize"]) == (256, "mean", True)
+    texts = ["A man eats bread.", "Someone is eating food.", "The stock market fell.", LONG]
+    _, encoded, output = source(MINILM, "AutoModel", texts, max_length=256)
+    mask = encoded["attention_mask"][..., None]
+    means = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    found = np.array([task.answer(task.encode(text))["embedding"] for text in texts])
+    np.testing.assert_allclose(found, means / means.norm(dim=1, keepdim=True), atol=1e-6)
+    assert found[0] @ found[1] > 0.5 > 0.1 > found[0] @ found[2]
 
 
 def test_the_manifest_says_what_a_server_must_know_of_each_task(text_model):
