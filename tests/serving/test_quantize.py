@@ -210,3 +210,23 @@ def test_no_format_changes_nothing():
     model = one_layer(random(64, 96))
     quantize(model, None)
     assert op_types(model) == ["MatMul", "Sum"]
+
+
+def test_the_bias_of_a_head_that_is_the_graphs_output_is_kept(tmp_path):
+    """As a Gemm, which is how a classifier's last layer is traced."""
+    from serving.export.fuse_linear import plain_matmuls
+    from serving.export.patterns import sweep
+
+    weight_KN, bias_N, rows = random(64, 3), random(3, seed=1), random(5, 64, seed=2)
+    model = one_layer(weight_KN, head=True)
+    [product] = model.graph
+    bias = ir.Value(name="bias", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.FLOAT))
+    bias.const_value = ir.tensor(bias_N, name="bias")
+    model.graph.initializers["bias"] = bias
+    product.op_type = "Gemm"
+    product.resize_inputs(3)
+    product.replace_input_with(2, bias)
+    plain_matmuls(model)
+    sweep(model)
+    assert op_types(model) == ["MatMul", "Add"]
+    np.testing.assert_allclose(run(model, tmp_path, rows=rows), rows @ weight_KN + bias_N, atol=1e-5)
