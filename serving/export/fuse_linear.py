@@ -57,6 +57,7 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
         graph.insert_after(product.producer(), added)
         take_over(product, added.outputs[0])  # also where the product is an output of the graph: a head's bias
         added.replace_input_with(0, product)
+        product.name = product.name or f"{added.outputs[0].name}.without_bias"
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:
