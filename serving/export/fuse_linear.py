@@ -123,7 +123,7 @@ def _short(name: str, first: str) -> str:
 def pack_alike(model: ir.Model) -> None:
     """Compute linear layers that read the same, as gate and up of an MLP, in one go.
 
-    Not those that attention over whole texts reads: it wants them apart, and taking them apart costs more than it saves.
+    Not those that attention over whole texts reads: it wants them apart, and parting them costs more than is saved.
     """
     graph = model.graph
     for node in nodes_of(graph, "MatMul"):
