@@ -164,7 +164,7 @@ def _figure(line: Any, name: str, base: dict[str, float]) -> str:
     value = line.figures.get(name)
     if value is None:
         return "-"
-    times = "" if line.figures is base or name == "export s" else f" (x{value / base[name]:.2f})"
+    times = "" if line.figures is base or name == "export s" or name not in base else f" (x{value / base[name]:.2f})"
     return f"{value:,.1f}{times}"
 
 

@@ -52,12 +52,11 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
         rows, result = flat.inputs[0], after.outputs[0]
     product = put(graph, result, "MatMul", [rows, weight]).outputs[0]
     if bias is not None:
-        users = list(product.uses())
         added = ir.node("Add", [product, bias])
         added.outputs[0].shape, added.outputs[0].type = product.shape, product.type
         graph.insert_after(product.producer(), added)
-        for user, position in users:
-            user.replace_input_with(position, added.outputs[0])
+        take_over(product, added.outputs[0])  # also where the product is an output of the graph: a head's bias
+        added.replace_input_with(0, product)
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:

@@ -10,6 +10,7 @@ from serving.export.quantize_embedding import embeddings
 from serving.export.quantize_rows import Rows
 
 MIN_WEIGHTS = 4096  # a smaller matrix, as the labels of a classifier, costs nothing as it is
+AFTER_THE_HEAD = ("Add", "Cast", "Div", "Mul", "Tanh")
 
 
 def quantize(model: ir.Model, quantization: Quantization | None) -> None:
@@ -40,4 +41,14 @@ def _is_delicate(linear: Linear) -> bool:
 
     They are the second halves of the MLPs, whose inputs have outliers, and the head that makes the logits.
     """
-    return linear.narrows or linear.node.outputs[0].is_graph_output()
+    return linear.narrows or _is_head(linear.node.outputs[0])
+
+
+def _is_head(value: ir.Value) -> bool:
+    """Return whether the value becomes an output of the graph with nothing but a bias or a soft cap on its way."""
+    while not value.is_graph_output():
+        users = list(value.consumers())
+        if len(users) != 1 or users[0].op_type not in AFTER_THE_HEAD:
+            return False
+        value = users[0].outputs[0]
+    return True

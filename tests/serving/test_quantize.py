@@ -139,10 +139,15 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(quantization, tmp
 @pytest.mark.parametrize(("quantization", "expected"), [("int8", "MatMulInteger"), ("int4", "MatMulNBits")])
 def test_the_head_and_what_narrows_are_int8_in_blocks(quantization, expected):
     wide, narrow, head = one_layer(random(64, 96)), one_layer(random(96, 64)), one_layer(random(64, 96), head=True)
-    for model in (wide, narrow, head):
+    with_bias = one_layer(random(64, 96))
+    [_, end] = with_bias.graph
+    end.op_type = "Add"
+    end.resize_inputs(2)
+    end.replace_input_with(1, with_bias.graph.inputs[0])
+    for model in (wide, narrow, head, with_bias):
         quantize(model, quantization)
     assert expected in op_types(wide)
-    for model in (narrow, head):
+    for model in (narrow, head, with_bias):
         [node] = [node for node in model.graph if node.op_type == "MatMulNBits"]
         assert node.attributes["bits"].as_int() == 8
 
@@ -205,3 +210,23 @@ def test_no_format_changes_nothing():
     model = one_layer(random(64, 96))
     quantize(model, None)
     assert op_types(model) == ["MatMul", "Sum"]
+
+
+def test_the_bias_of_a_head_that_is_the_graphs_output_is_kept(tmp_path):
+    """As a Gemm, which is how a classifier's last layer is traced."""
+    from serving.export.fuse_linear import plain_matmuls
+    from serving.export.patterns import sweep
+
+    weight_KN, bias_N, rows = random(64, 3), random(3, seed=1), random(5, 64, seed=2)
+    model = one_layer(weight_KN, head=True)
+    [product] = model.graph
+    bias = ir.Value(name="bias", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.FLOAT))
+    bias.const_value = ir.tensor(bias_N, name="bias")
+    model.graph.initializers["bias"] = bias
+    product.op_type = "Gemm"
+    product.resize_inputs(3)
+    product.replace_input_with(2, bias)
+    plain_matmuls(model)
+    sweep(model)
+    assert op_types(model) == ["MatMul", "Add"]
+    np.testing.assert_allclose(run(model, tmp_path, rows=rows), rows @ weight_KN + bias_N, atol=1e-5)
