@@ -121,7 +121,10 @@ def _short(name: str, first: str) -> str:
 
 
 def pack_alike(model: ir.Model) -> None:
-    """Compute linear layers that read the same, as gate and up of an MLP, in one go."""
+    """Compute linear layers that read the same, as gate and up of an MLP, in one go.
+
+    Not those that attention over whole texts reads: it wants them apart, and parting them costs more than is saved.
+    """
     graph = model.graph
     for node in nodes_of(graph, "MatMul"):
         rows = node.inputs[0]
@@ -129,7 +132,7 @@ def pack_alike(model: ir.Model) -> None:
         if len(group) < 2 or group[0] is not node:
             continue
         values = [_with_bias(each.outputs[0]) for each in group]
-        whole = packed(graph, values, group[0])
+        whole = None if any(map(_is_for_attention, values)) else packed(graph, values, group[0])
         if whole is None:
             continue
         sizes = _sizes(graph, [value.shape[-1] for value in values])
@@ -138,6 +141,10 @@ def pack_alike(model: ir.Model) -> None:
         for old, new in zip(values, split.outputs, strict=True):
             new.shape, new.type = old.shape, old.type
             take_over(old, new)
+
+
+def _is_for_attention(value: ir.Value) -> bool:
+    return any(node.op_type == "MultiHeadAttention" for node in value.consumers())
 
 
 def _is_linear(node: ir.Node) -> bool:

@@ -118,7 +118,10 @@ def test_heads_that_are_rotated_in_part_or_normed_first_are_rotated_inside_atten
     assert not {"Cos", "Sin", "Neg", "RotaryEmbedding"} & nodes.keys()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "mistral", *(pytest.param(each, marks=pytest.mark.slow) for each in ("opt", "llama", "qwen3", "gemma2"))],
+)
 def test_attention_in_standard_operators_gives_the_sources_tokens_too(tmp_path, save_with_tokenizer, name):
     import onnx
 

@@ -65,7 +65,13 @@ def test_fp16_gives_the_same_tokens_alone_and_in_a_crowd(fp16_dir, prompts):
 
 @pytest.mark.parametrize(
     ("kind", "asked"),
-    [("bert", "label"), ("electra", "tags"), ("distilbert", "masks"), ("bert", "vector"), ("gpt2", "number")],
+    [
+        ("bert", "label"),
+        *(
+            pytest.param(kind, asked, marks=pytest.mark.slow)
+            for kind, asked in [("electra", "tags"), ("distilbert", "masks"), ("bert", "vector"), ("gpt2", "number")]
+        ),
+    ],
 )
 def test_every_task_over_texts_passes_its_proof_in_fp16(save_text_model, tmp_path, kind, asked):
     source = save_text_model(tmp_path / "model", kind, asked)
