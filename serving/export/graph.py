@@ -82,7 +82,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     graph = graph_of(step, len(source.layers), lambda layers: _example(step, source, layers), asks=source.layers)
     if options.optimize_for == "cuda" and options.dtype == "fp32":
         standard_attention(graph)
-    fuse(graph, source.config.max_position_embeddings)
+    fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
     if source.loras:
         stacks_as_inputs(graph, path.parent)
     quantize(graph, options.quantization)

@@ -87,7 +87,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
     graph = _traced(Rows(model, source.task, source.pooling), source, options)
-    fuse(graph, source.config.max_position_embeddings)
+    fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
     quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]

@@ -97,13 +97,22 @@ def test_a_decoder_is_exported_and_proven(exported, traced, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "smollm3"])
-def test_a_layer_is_two_norms_one_attention_and_four_products(exported, name):
+def test_a_layer_is_two_norms_one_attention_and_five_products(exported, name):
     _, nodes = exported(name)
-    assert nodes["MatMul"] == 4 * 4 + 1, "queries, keys and values are one product, gate and up another"
+    assert nodes["MatMul"] == 5 * 4 + 1, "queries, keys and values are one"
     assert nodes["GroupQueryAttention"] == 4
     assert nodes["SkipSimplifiedLayerNormalization"] == 2 * 4
     assert nodes["SimplifiedLayerNormalization"] == 1
-    assert not {"Cos", "Sin", "Neg", "Concat", "RotaryEmbedding", "Sigmoid", "Pow", "Reshape"} & nodes.keys()
+    assert not {"Cos", "Sin", "Neg", "Concat", "RotaryEmbedding", "Sigmoid", "Pow", "Reshape", "Split"} & nodes.keys()
+
+
+def test_for_cuda_gate_and_up_are_one_product_too(tmp_path, save_with_tokenizer):
+    import onnx
+
+    model = save_decoder(tmp_path / "model", save_with_tokenizer, "llama")
+    export_model(model, tmp_path / "onnx", Options(dtype="fp16", optimize_for="cuda"))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    assert collections.Counter(node.op_type for node in graph.node)["MatMul"] == 4 * 4 + 1
 
 
 def test_a_gpt_2_layer_has_its_residuals_in_its_norms_and_its_bias_in_its_gelu(exported):

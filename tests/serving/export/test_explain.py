@@ -19,7 +19,7 @@ def test_the_nodes_are_those_of_the_file_and_each_is_run_by_the_provider(onnx_di
 def test_what_is_left_in_pieces_is_named_with_how_often(model_dir, tmp_path, monkeypatch):
     from serving.export import graph
 
-    monkeypatch.setattr(graph, "fuse", lambda model, context_length: None)
+    monkeypatch.setattr(graph, "fuse", lambda model, context_length, target: None)
     export_model(model_dir("llama"), tmp_path / "llama")
     assert set(explain(tmp_path / "llama", "cpu").not_fused) == {
         "2 x queries, keys and values that come to attention one by one",
