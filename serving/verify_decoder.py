@@ -57,7 +57,7 @@ class Reference:
             lengths = file.get_tensor("prompt_lengths").tolist()
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
-            cases = {name: json.loads(text) for name, text in file.metadata().items()}
+            cases = {name: json.loads(text) for name, text in file.metadata().items() if name != "held_out"}
         loras = cases.pop("loras", [None] * len(ids))
         return cls(ids, lengths, logits, loras, cases, dtype)
 
