@@ -62,7 +62,7 @@ class Reference:
             lengths = file.get_tensor("prompt_lengths").tolist()
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
-            cases = {name: json.loads(text) for name, text in file.metadata().items()}
+            cases = {name: json.loads(text) for name, text in file.metadata().items() if name != "held_out"}
             far = None
             if "far.ids" in file.keys():  # noqa: SIM118 (it is no dict); of an older Trivet they are not there
                 ids_far, start, logits_V = (file.get_tensor(f"far.{name}") for name in ("ids", "start", "logits"))
