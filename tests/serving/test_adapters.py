@@ -9,7 +9,7 @@ import torch
 
 from serving.directory import DirectoryError, read_manifest, seal
 from serving.engine import Engine
-from serving.export import ExportError, VerificationFailed, export_model
+from serving.export import ExportError, HeldOutRows, Options, VerificationFailed, export_model
 from serving.request import Request, Sampling
 from serving.tasks import open_task
 from trainer import model_dir
@@ -136,21 +136,24 @@ def test_a_lora_of_peft_is_merged_with_its_true_scale(lora, tmp_path):
     assert float((logits - bare).abs().max()) > 0.5, "the adapter changes nothing"
 
 
-def test_a_lora_merged_with_another_scale_is_seen(lora, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("quantization", "scale"), [(None, 0.5), ("int8-weights", 0.0), ("int4", 2.0)])
+def test_a_lora_merged_with_another_scale_or_not_at_all_is_seen(quantization, scale, lora, tmp_path, monkeypatch):
     from peft.tuners.lora import LoraLayer
 
     from serving.export import lora_folder
 
-    def half(model, folder, base):
+    def scaled(model, folder, base):
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                module.scaling = {name: scale / 2 for name, scale in module.scaling.items()}
+                module.scaling = {name: true * scale for name, true in module.scaling.items()}
         return merge(model, folder, base)
 
     merge = lora_folder.merge
-    monkeypatch.setattr(lora_folder, "merge", half)
-    with pytest.raises(VerificationFailed, match="nothing was published: logits_one_by_one: logits differ by"):
-        export_model(lora, tmp_path / "onnx")
+    monkeypatch.setattr(lora_folder, "merge", scaled)
+    when = "before quantisation, in fp32: " if quantization else ""
+    text = HeldOutRows([{"text": "the quick brown fox " * 200}], "one fox")
+    with pytest.raises(VerificationFailed, match=f"nothing was published: {when}logits_one_by_one: logits differ by"):
+        export_model(lora, tmp_path / "onnx", Options(quantization=quantization), held_out=text)
 
 
 def test_a_lora_whose_base_is_missing_or_another_is_refused_naming_both(lora, save_model, tmp_path):

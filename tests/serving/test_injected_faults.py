@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from serving.directory import BadInput
-from serving.export import Options, export_model
+from serving.export import HeldOutRows, Options, export_model
 from serving.verify import verify
 
 Change = Callable[[torch.nn.Module, pytest.MonkeyPatch], None]
@@ -47,6 +47,10 @@ def a_matrix_one_per_cent_too_large(model, monkeypatch) -> None:
     model.model.layers[1].mlp.down_proj.weight.data *= 1.01
 
 
+def a_query_matrix_half_as_large_again(model, monkeypatch) -> None:
+    model.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+
+
 def every_row_as_long_as_the_longest(model, monkeypatch) -> None:
     """Padding is taken for text: attention reads what lies beyond a row's end."""
     from serving.export import graph
@@ -74,6 +78,7 @@ AFTER_THE_SOURCE_ANSWERED = {
     "position ids shifted by one": ("gpt2", positions_shifted_by_one),
     "two layers swapped": ("llama", two_layers_swapped),
     "a matrix 1 % too large": ("llama", a_matrix_one_per_cent_too_large),
+    "a query matrix x1.5": ("llama", a_query_matrix_half_as_large_again),
     "padding taken for text": ("gpt2", every_row_as_long_as_the_longest),
     "another attention scale": ("llama", attention_without_its_scale),
     "another norm epsilon": ("llama", a_norm_without_its_epsilon),
@@ -85,8 +90,11 @@ def refused(tmp_path, record_property):
     """Return a function that exports, expects a refusal that says `evidence`, and that nothing is left of it."""
 
     def by(model: Path, evidence: str, **options) -> None:
+        held_out = (
+            HeldOutRows([{"text": "the quick brown fox " * 200}], "one fox") if "quantization" in options else None
+        )
         with pytest.raises(BadInput, match=evidence) as caught:
-            export_model(model, tmp_path / "onnx", Options(**options))
+            export_model(model, tmp_path / "onnx", Options(**options), held_out=held_out)
         assert not (tmp_path / "onnx").exists()
         assert not list(tmp_path.glob(".*"))
         record_property(
@@ -100,6 +108,22 @@ def refused(tmp_path, record_property):
 
 @pytest.mark.parametrize("fault", AFTER_THE_SOURCE_ANSWERED)
 def test_a_fault_of_the_graph_is_refused_with_the_difference(fault, model_dir, refused, monkeypatch):
+    kind = put_into_the_graph(fault, monkeypatch)
+    evidence = r"(logits differ by [0-9.e+-]+, accepted [0-9.e-]+|cannot be run)"
+    refused(model_dir(kind), f"nothing was published: .*{evidence}")
+
+
+@pytest.mark.parametrize("quantization", ["int8-weights", "int4"])
+@pytest.mark.parametrize("fault", ["LoRA merged with another scale", "a query matrix x1.5", "two layers swapped"])
+def test_a_fault_is_not_hidden_by_rounding(fault, quantization, model_dir, refused, monkeypatch):
+    """It costs less perplexity than quantisation may: only the graph before rounding shows it."""
+    kind = put_into_the_graph(fault, monkeypatch)
+    evidence = r"published: before quantisation, in fp32: logits_one_by_one: logits differ by [0-9.e+-]+, accepted"
+    refused(model_dir(kind), evidence, quantization=quantization)
+
+
+def put_into_the_graph(fault: str, monkeypatch) -> str:
+    """Let the next export have the fault once the source has answered; return the kind of model that it is for."""
     from serving.export import decoder
 
     kind, change = AFTER_THE_SOURCE_ANSWERED[fault]
@@ -110,9 +134,7 @@ def test_a_fault_of_the_graph_is_refused_with_the_difference(fault, model_dir, r
         return write_graph(model, source, options, path)
 
     monkeypatch.setattr(decoder, "write_graph", faulty)
-    refused(
-        model_dir(kind), r"nothing was published: .*(logits differ by [0-9.e+-]+, accepted [0-9.e-]+|cannot be run)"
-    )
+    return kind
 
 
 def test_a_half_precision_overflow_is_refused(model_dir, refused, tmp_path):

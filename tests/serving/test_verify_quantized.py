@@ -8,11 +8,14 @@ from random import Random
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from serving.directory import DirectoryError, read_manifest
 from serving.engine import Engine
 from serving.export import ExportError, HeldOutRows, Options, VerificationFailed, export_model
-from serving.quality import HeldOut
+from serving.export.quantize import MIN_WEIGHTS
+from serving.quality import HeldOut, figure
 from serving.verify import verify
 
 WORDS = ("the quick brown fox returns list of lines in file def value import self class 12 7").split()  # noqa: SIM905
@@ -77,6 +80,60 @@ def test_a_quantised_directory_is_verified_again_and_opened_like_any_other(quant
         said.append([request.output_ids for request in requests])
     assert said[0] == said[1]
     assert all(said[0])
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_what_is_published_is_one_graph_whose_weights_were_proven_in_fp32(quantization, quantized, onnx_dir):
+    import onnx
+
+    folder = quantized(quantization)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in onnx_dir.iterdir()}
+    weights = onnx.load(folder / "model.onnx").graph.initializer
+    large = [each for each in weights if "weight" in each.name and np.prod(each.dims) >= MIN_WEIGHTS]
+    assert len(large) >= 4
+    assert onnx.TensorProto.FLOAT not in {each.data_type for each in large}
+    external = sum(len(each.raw_data) for each in weights)
+    assert (folder / "model.onnx.data").stat().st_size < external + 4096 * len(weights), "nothing else lies in it"
+    [record] = json.loads((folder / "verification.json").read_text())["records"]
+    before = record["checks"]["before_quantisation"]
+    assert before["passed"]
+    assert 0 < before["max_abs_diff"] <= before["tolerance"]
+    assert before["checks"].keys() >= {"text", "logits_one_by_one", "logits_padded_batch", "tokens_in_a_crowd"}
+
+
+def test_each_stage_is_told_and_a_large_model_is_proven_apart_both_times(quantized, tmp_path, monkeypatch):
+    from serving import export
+
+    monkeypatch.setattr(export, "LARGE_BYTES", 0)
+    monkeypatch.setattr(export, "prove", None)
+    model, stages = quantized("int8").parent / "model", []
+    export_model(model, tmp_path / "onnx", Options(quantization="int8"), held_out=some_rows(), progress=stages.append)
+    proofs = "".join("|" if "quantising the graph to int8" in stage else stage[:7] + "," for stage in stages[3:])
+    assert proofs == "before ,before ,before ,|verifyi,verifyi,verifyi,"
+
+
+def test_a_graph_that_does_better_than_its_source_is_another(quantized, tmp_path, reseal, failed_checks):
+    folder = shutil.copytree(quantized("int8"), tmp_path / "onnx")
+    change_reference(folder, "held_out.log_likelihoods", lambda said: said - np.float32(np.log(1.05)))
+    reseal(folder)
+    assert failed_checks(folder) == ["quality"]
+
+
+def test_other_tokens_are_refused_although_the_perplexity_is_the_sources(quantized, tmp_path, reseal, failed_checks):
+    folder = shutil.copytree(quantized("int8"), tmp_path / "onnx")
+    change_reference(folder, "held_out.top", lambda top: np.where(np.arange(len(top)) % 4 == 0, top + 1, top))
+    reseal(folder)
+    assert failed_checks(folder) == ["quality"]
+    [*_, newest] = json.loads((folder / "verification.json").read_text())["records"]
+    assert newest["checks"]["quality"]["ratio"] == pytest.approx(1, abs=0.03)
+    assert figure(newest["checks"]["quality"]).endswith("% as the source")
+
+
+def change_reference(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Replace a tensor of what the source said."""
+    with safe_open(folder / "reference.safetensors", framework="numpy") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {name: change(tensors[name])}, folder / "reference.safetensors", about)
 
 
 def test_a_scale_that_is_wrong_shows_in_the_perplexity(quantized, tmp_path, change_graph, failed_checks):

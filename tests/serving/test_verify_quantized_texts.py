@@ -6,6 +6,8 @@ from random import Random
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from serving.export import ExportError, HeldOutRows, Options, VerificationFailed, export_model
 from serving.tasks import Classifier, open_task
@@ -49,7 +51,9 @@ def test_accuracy_is_that_of_transformers_and_of_the_answers_that_are_served(qua
     assert quality["source_accuracy"] == pytest.approx((theirs == right).mean()) == 0.8
     assert quality["same"] == pytest.approx((served == theirs).mean())
     assert quality["rows"] == 150
-    assert record["checks"].keys() == {"text", "rows", "quality", "alone_and_in_a_batch"}
+    checks = ["before_quantisation", "text", "rows", "quality", "alone_and_in_a_batch"]
+    assert list(record["checks"]) == checks
+    assert record["checks"]["before_quantisation"]["checks"]["answers"]["passed"]
 
 
 def test_tokens_that_are_taken_for_their_neighbours_show_in_the_accuracy(
@@ -65,6 +69,29 @@ def test_tokens_that_are_taken_for_their_neighbours_show_in_the_accuracy(
 
     change_graph(folder, shift_the_embedding)
     assert failed_checks(folder, Classifier) == ["quality"]
+
+
+def test_accuracy_that_is_kept_by_other_decisions_is_refused(quantized, tmp_path, reseal, failed_checks):
+    """One text in eight: decided wrongly by both, but otherwise by the source."""
+    folder = shutil.copytree(quantized, tmp_path / "onnx")
+    tensors, about = read_reference(folder)
+    said, right = tensors["held_out.outputs"], tensors["held_out.labels"]
+    for place in np.flatnonzero(said.argmax(-1) != right)[: len(right) // 8]:
+        [other] = {0, 1, 2} - {int(right[place]), int(said[place].argmax())}
+        said[place, other] = said[place].max() + 1
+    save_file(tensors, folder / "reference.safetensors", about)
+    reseal(folder)
+    assert failed_checks(folder, Classifier) == ["quality"]
+    [*_, newest] = json.loads((folder / "verification.json").read_text())["records"]
+    quality = newest["checks"]["quality"]
+    assert quality["drop"] <= quality["limit"]
+    assert "accepted 95%" in quality["found"]
+
+
+def read_reference(folder):
+    """Return the tensors of reference.safetensors, and its metadata."""
+    with safe_open(folder / "reference.safetensors", framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def test_without_labels_what_is_decided_otherwise_counts(save_classifier, tmp_path, monkeypatch):
