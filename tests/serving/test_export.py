@@ -148,6 +148,50 @@ def test_weights_that_are_not_all_there_are_refused_not_made_up(save_model, tmp_
     refused(source, tmp_path, "its weights cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("kind", "saved", "says", "left_over"),
+    [
+        ("gpt2", {}, {"n_layer": 1}, r"transformer\.h\.1\.attn\.c_attn\.weight and 10 more, which GPT2LMHeadModel"),
+        (
+            "llama",
+            {"attention_bias": True},
+            {"attention_bias": False},
+            r"layers\.0\.self_attn\.k_proj\.bias and 7 more",
+        ),
+        ("llama", {}, {"lora_A.default": (2, 32)}, r"layers\.0\.self_attn\.q_proj\.lora_A\.default\.weight, which"),
+    ],
+)
+def test_weights_that_the_config_does_not_ask_for_are_refused_not_dropped(
+    save_model, tmp_path, kind, saved, says, left_over
+):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "source", kind, **saved)
+    for name, value in says.items():
+        if name == "lora_A.default":
+            tensors = load_file(source / "model.safetensors")
+            tensors[f"model.layers.0.self_attn.q_proj.{name}.weight"] = torch.zeros(value)
+            save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        else:
+            config = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps(config | {name: value}))
+    refused(source, tmp_path, f"its weights hold .*{left_over}")
+
+
+def test_heads_of_other_tasks_and_old_buffers_beside_the_weights_are_no_obstacle(save_text_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_text_model(tmp_path / "source", "bert", "masks")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("cls.seq_relationship.weight", "bert.pooler.dense.weight", "classifier.weight"):
+        tensors[name] = torch.zeros(32, 32)
+    tensors["bert.embeddings.position_ids"] = torch.arange(130)[None]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert export_model(source, tmp_path / "onnx")["passed"]
+
+
 def test_tied_weights_are_not_missing(save_model, tmp_path):
     from serving.export.source import open_source
 
