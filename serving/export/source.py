@@ -14,6 +14,7 @@ from serving.export import lora_folder
 from serving.export.adapters import Adapter
 from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
+from serving.export.generation import check_generation
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
@@ -127,7 +128,10 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
         reason = str(error).splitlines()[0]
         raise ExportError(f"{body}/config.json: transformers cannot read it ({reason}); save the model again") from None
     task, architecture = _check_config(body, config)
-    layers = probe(body, config) if task == "causal_lm" else []
+    layers = []
+    if task == "causal_lm":
+        check_generation(body, config)
+        layers = probe(body, config)
     pooling = read_pooling(body) if task == "embedding" else None
     if task in ("classification", "token_classification"):
         _check_labels(body, config, task)

@@ -230,6 +230,27 @@ def test_a_config_that_cannot_be_exported_is_refused(tmp_path, tiny_config, chan
     refused(bare_model(tmp_path / "model", tiny_config("llama"), **changes), tmp_path, message)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token_id": 2', "cannot be read"),
+        ("[1]", r"cannot be read \(no object\)"),
+        ('{"eos_token_id": "x"}', "eos_token_id 'x'; accepted: whole numbers from 0 to 319"),
+        ('{"eos_token_id": [2, 320]}', "eos_token_id 320; accepted"),
+        ('{"eos_token_id": true}', "eos_token_id True; accepted"),
+    ],
+)
+def test_an_end_token_that_the_model_cannot_say_is_refused(tmp_path, tiny_config, text, message):
+    source = bare_model(tmp_path / "source", tiny_config("llama"))
+    (source / "generation_config.json").write_text(text)
+    refused(source, tmp_path, rf"source/generation_config\.json: {message}")
+
+
+def test_an_end_token_of_the_config_is_checked_where_nothing_else_names_one(tmp_path, tiny_config):
+    source = bare_model(tmp_path / "source", tiny_config("llama"), eos_token_id=99999)
+    refused(source, tmp_path, r"source/config\.json: eos_token_id 99999; accepted")
+
+
 def test_other_kinds_of_folder_are_refused(tmp_path, tiny_config):
     refused(tmp_path / "none", tmp_path, "none: no such folder")
     (tmp_path / "empty").mkdir()
