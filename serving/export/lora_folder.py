@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from serving.directory import MANIFEST, DirectoryError, check_files, read_manifest
 from serving.export.attention import ExportError
 from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
+from serving.export.refusing import refusing
 
 _ENDINGS = {"CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_CLS": ("ForSequenceClassification",),
             "TOKEN_CLS": ("ForTokenClassification",)}  # fmt: skip
@@ -42,7 +43,8 @@ def base_of(folder: Path) -> Path:
             check_files(base, read_manifest(base, "model"))
         except DirectoryError as error:
             raise ExportError(f"{folder}: its base {base} has changed since: {error}") from None
-    architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    with refusing(f"{base / 'config.json'}: cannot be read", "get the base again"):
+        architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
     task = config.get("task_type")
     if not architectures[0].endswith(_ENDINGS.get(task or "", ("",))):
         raise ExportError(

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
+from serving.export.refusing import refusing
 
 # What transformers calls heads and poolers: of another task than the model's they may lie beside its weights.
 _HEADS = {
@@ -24,20 +25,21 @@ def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> P
     of them are there than the config asks for (transformers would drop them). Those whose names begin with `unused` may
     be missing.
     """
-    try:
-        model, loaded = auto_class.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that the names of the tensors are told
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{folder}: its weights cannot be read ({reason}); save the model again") from None
+    with refusing(f"{folder}/config.json: transformers cannot make a model of it", "mend it, or save the model again"):
+        try:
+            model, loaded = auto_class.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that the names of the tensors are told
+                output_loading_info=True,
+            )
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExportError(f"{folder}: its weights cannot be read ({reason}); save the model again") from None
     wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
     wrong = {name for name in wrong if unused is None or not name.startswith(unused)}
     if wrong:

@@ -205,6 +205,32 @@ def test_an_architecture_with_attention_of_its_own_is_refused(tmp_path, tiny_con
     refused(source, tmp_path, "BloomForCausalLM cannot be exported.*attention interface; accepted: decoders that do")
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_is_refused_for_what_it_is(tmp_path, kind):
+    import transformers
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, intermediate_size=64)
+    source = bare_model(tmp_path / "source", config)
+    refused(source, tmp_path, f"{kind}ForCausalLM cannot be exported: it is a mixture of experts")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_are_refused_in_one_type_of_layer_too(tmp_path, rope_type):
+    import transformers
+
+    scaled = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 400}
+    if rope_type == "longrope":
+        scaled |= {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, head_dim=16, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": scaled},
+    )  # fmt: skip
+    source = bare_model(tmp_path / "source", config, architectures=["Gemma3ForCausalLM"])
+    refused(source, tmp_path, f"rope_type '{rope_type}' changes with the text's length")
+
+
 def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
     source = bare_model(tmp_path / "model", tiny_config("gpt_oss"))
     refused(source, tmp_path, "GptOssAttention: asks attention for .*s_aux")
@@ -223,7 +249,7 @@ def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantized"),
         ({"max_position_embeddings": 32}, "max_position_embeddings 32; accepted: 64 or more"),
-        ({"model_type": "no_such_model"}, "config.json: transformers cannot read it"),
+        ({"model_type": "no_such_model"}, "config.json: transformers cannot make a model of it"),
     ],
 )
 def test_a_config_that_cannot_be_exported_is_refused(tmp_path, tiny_config, changes, message):
