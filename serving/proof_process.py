@@ -4,8 +4,10 @@ The process runs this file and prints a line of JSON for each stage, and one for
 """
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ from serving.verify import prove
 
 
 def prove_apart(folder: Path, provider: str, *, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Return the record of `serving.verify.prove`. Raises BadInput like it, and RuntimeError where the process died.
+    """Return the record of `serving.verify.prove`. Raises BadInput like it, and where the process died.
 
-    It ends with this one's call, also when that is interrupted.
+    It ends with this one's call, also when that is interrupted, and with this process, also when that is killed.
     """
-    command = [sys.executable, "-m", "serving.proof_process", str(folder), provider]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # By its path and not by -m, which would import what lies in the user's folder; the pipe closes when this one dies.
+    command = [sys.executable, "-P", __file__, str(folder), provider]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -33,11 +38,19 @@ def prove_apart(folder: Path, provider: str, *, progress: Callable[[str], None])
                     raise BadInput(said["refused"])
         finally:
             process.kill()
-    raise RuntimeError(f"the proof of {folder} ended with {process.returncode}; is there too little memory?")
+    raise BadInput(
+        f"{folder}: its proof ended with {process.returncode}, so nothing was published; is there too little memory?"
+    )
 
 
 def main(folder: str, provider: str) -> None:
     """Prove `folder` and print what comes of it."""
+
+    def end_with_the_exporter() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_exporter, daemon=True).start()
 
     def say(**said: Any) -> None:
         print(json.dumps(said), flush=True)

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from serving.checks import ACCURACY_DROP_LIMIT, COSINE_LIMIT, PERPLEXITY_LIMITS, Check
+from serving.checks import (
+    ACCURACY_DROP_LIMIT,
+    COSINE_LIMIT,
+    PERPLEXITY_LIMITS,
+    SAME_LABEL_FLOOR,
+    SAME_TOKEN_FLOORS,
+    Check,
+)
 from serving.directory import REFERENCE, DirectoryError
 from serving.forward import whole_texts
 from serving.manifest import Manifest
@@ -87,40 +94,46 @@ def _masked_tokens(session: Session, manifest: Manifest, held_out: HeldOut) -> C
 def _perplexity(
     manifest: Manifest, held_out: HeldOut, runs: Iterable[tuple[np.ndarray, Sequence[int] | np.ndarray]]
 ) -> Check:
-    """Compare the perplexity of tokens with the source's, given for each text the logits [P, V] and what was there."""
+    """Compare the perplexity of tokens, and which is the likeliest, with the source's, given for each text the logits
+    [P, V] and what was there.
+    """
     pairs = [(log_likelihoods(logits_PV, ids_P), logits_PV.argmax(-1)) for logits_PV, ids_P in runs]
     found_P, top_P = (np.concatenate(each) for each in zip(*pairs, strict=True))
     expected_P = held_out.said["log_likelihoods"]
     ratio = float(np.exp(expected_P.mean() - found_P.mean()))
     same = float((top_P == held_out.said["top"]).mean())
-    limit = PERPLEXITY_LIMITS[manifest["quantization"]]
+    quantization = manifest["quantization"]
+    limit, same_floor = PERPLEXITY_LIMITS[quantization], SAME_TOKEN_FLOORS[quantization]
     mine, theirs = (float(np.exp(-each.mean())) for each in (found_P, expected_P))
     found = (
-        f"perplexity {mine:.2f}, the source's {theirs:.2f}: x{ratio:.3f}, accepted x{limit:.2f}; the likeliest token "
-        f"is the same at {same:.1%} of {held_out.origin}"
+        f"perplexity {mine:.2f}, the source's {theirs:.2f}: x{ratio:.3f}, accepted x{1 / limit:.2f} to x{limit:.2f}; "
+        f"the likeliest token is the same at {same:.1%} of {held_out.origin}, accepted {same_floor:.0%}"
     )
-    facts = {"perplexity": mine, "source_perplexity": theirs, "ratio": ratio, "limit": limit, "same": same}
-    passed = ratio <= limit  # not where it is NaN
+    facts = {"perplexity": mine, "source_perplexity": theirs, "ratio": ratio, "limit": limit}
+    facts |= {"same": same, "same_floor": same_floor}
+    passed = 1 / limit <= ratio <= limit and same >= same_floor  # not where the ratio is NaN
     return {"passed": passed, "found": found, **facts, "rows": len(held_out.ids), "tokens": len(found_P)}
 
 
 def _decisions(session: Session, manifest: Manifest, held_out: HeldOut) -> Check:
-    """Compare accuracy with the source's where the right answers are known, else what is decided."""
+    """Compare accuracy with the source's where the right answers are known, and what is decided."""
     found_RL, expected_RL = _outputs(session, manifest, held_out)
     several = manifest.get("problem_type") == SEVERAL
     mine, theirs = (each > 0 if several else each.argmax(-1) for each in (found_RL, expected_RL))
     same = float((mine == theirs).mean())
     drop, what = 1 - same, f"decides otherwise than the source in {1 - same:.2%}"
-    facts: dict[str, float] = {"same": same}
+    facts: dict[str, float] = {"same": same, "same_floor": SAME_LABEL_FLOOR}
     if "labels" in held_out.said:
         right = held_out.said["labels"]
         facts |= {"accuracy": float((mine == right).mean()), "source_accuracy": float((theirs == right).mean())}
         drop = facts["source_accuracy"] - facts["accuracy"]
         what = f"accuracy {facts['accuracy']:.2%}, the source's {facts['source_accuracy']:.2%}"
-    passed = drop <= ACCURACY_DROP_LIMIT and bool(np.isfinite(found_RL).all())
-    found = f"{what} of {held_out.origin}; accepted {ACCURACY_DROP_LIMIT:.0%} {'less' if 'accuracy' in facts else ''}"
+    found = f"{what} of {held_out.origin}; accepted {ACCURACY_DROP_LIMIT:.0%}"
+    if "accuracy" in facts:
+        found += f" less; decides as the source in {same:.2%}, accepted {SAME_LABEL_FLOOR:.0%}"
+    passed = drop <= ACCURACY_DROP_LIMIT and same >= SAME_LABEL_FLOOR and bool(np.isfinite(found_RL).all())
     facts |= {"drop": drop, "limit": ACCURACY_DROP_LIMIT}
-    return {"passed": passed, "found": found.rstrip(), **facts, "rows": len(held_out.ids)}
+    return {"passed": passed, "found": found, **facts, "rows": len(held_out.ids)}
 
 
 def _vectors(session: Session, manifest: Manifest, held_out: HeldOut) -> Check:
@@ -147,9 +160,11 @@ _CHECKS = {
 
 
 def figure(check: Check) -> str:
-    """Return what a quality check found in a word."""
-    if "ratio" in check:
-        return f"perplexity x{check['ratio']:.3f}"
+    """Return what a quality check found in a word; how often it decides as its source too, where that is too seldom."""
     if "cosine" in check:
         return f"cosine {check['cosine']:.4f}"
-    return f"accuracy {check['accuracy']:.2%}" if "accuracy" in check else f"{check['same']:.2%} as the source"
+    as_source = f"{check.get('same', 1):.2%} as the source"
+    if "ratio" not in check and "accuracy" not in check:
+        return as_source
+    said = f"perplexity x{check['ratio']:.3f}" if "ratio" in check else f"accuracy {check['accuracy']:.2%}"
+    return said if check.get("same", 1) >= check.get("same_floor", 0) else f"{said}, {as_source}"

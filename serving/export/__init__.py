@@ -20,6 +20,7 @@ from serving.export.loras import check_fits
 from serving.export.options import Options
 from serving.export.plain_module import export_module
 from serving.export.providers import provider_of_proof
+from serving.export.quantized import EVIDENCE, evidence, quantize_written
 from serving.export.source import Loader, Source, find_model, open_source
 from serving.export.target import check_target, versions
 from serving.export.trace import quiet
@@ -51,7 +52,8 @@ def export_model(
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
     or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
     record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    A quantised model is measured on `held_out` rows. `load` returns the model of a directory that transformers cannot
+    What is quantised is the graph in fp32 after its own proof, which the record keeps; the cost is then measured on
+    `held_out` rows. `load` returns the model of a directory that transformers cannot
     load: a base and a bottleneck adapter. `progress` is called with a word or two at the start of each stage. Raises
     ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
     VerificationFailed with the evidence when the graph does not answer as the source does.
@@ -71,7 +73,7 @@ def export_model(
         if provider is None:
             reason = f"nothing here runs {options.dtype}"
             return {"provider": None, "passed": False, "reason": reason, "checks": {}}
-        record = _proof(folder, provider, report)
+        record = _proven(folder, provider, options, report)
         append_verification(folder, record)
         if not record["passed"]:
             error = VerificationFailed(
@@ -129,6 +131,23 @@ def _with_loras(source: Source, options: Options) -> Source:
     return replace(source, loras=adapters)
 
 
+def _proven(folder: Path, provider: str, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+    """Return the record of the proof of what is to be published.
+
+    Where that is to be quantised, the graph in fp32 is proven first and quantised once that has passed; where it has
+    not, the record is that of fp32.
+    """
+    if options.quantization is None:
+        return _proof(folder, provider, report)
+    before = _proof(folder, provider, lambda stage: report(f"before quantisation: {stage}"))
+    if not before["passed"]:
+        return before | {"reason": f"before quantisation, in fp32: {before['reason']}"}
+    report(f"quantising the graph to {options.quantization}")
+    quantize_written(folder, options.quantization)
+    record = _proof(folder, provider, report)
+    return record | {"checks": {EVIDENCE: evidence(before), **record["checks"]}}
+
+
 def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:
     """Return the record of the proof, which for a large model has a process of its own."""
     if sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) < LARGE_BYTES:
@@ -142,7 +161,7 @@ def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBa
         "task": source.task,
         "architecture": source.architecture,
         "dtype": options.dtype,
-        "quantization": options.quantization,
+        "quantization": None,  # until the graph is quantised: see quantized.py
         "optimize_for": options.optimize_for,
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,

@@ -19,7 +19,6 @@ from serving.export.cache import PassThroughCache
 from serving.export.fuse import fuse
 from serving.export.loras import Selection, put_into, stacks_as_inputs
 from serving.export.options import Options
-from serving.export.quantize import quantize
 from serving.export.source import Source
 from serving.export.standard_attention import standard_attention
 from serving.export.trace import Example, graph_of
@@ -85,7 +84,6 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
     if source.loras:
         stacks_as_inputs(graph, path.parent)
-    quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 

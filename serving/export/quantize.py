@@ -13,13 +13,11 @@ MIN_WEIGHTS = 4096  # a smaller matrix, as the labels of a classifier, costs not
 AFTER_THE_HEAD = ("Add", "Cast", "Div", "Mul", "Tanh")
 
 
-def quantize(model: ir.Model, quantization: Quantization | None) -> None:
-    """Replace the graph's linear layers and embeddings, in place, by those of that format; None changes nothing.
+def quantize(model: ir.Model, quantization: Quantization) -> None:
+    """Replace the graph's linear layers and embeddings, in place, by those of that format.
 
     The quantised weights are computed when the graph is written, one after the other, and not kept.
     """
-    if quantization is None:
-        return
     rows = Rows(model.graph)
     for linear in list(linears(model.graph)):
         if linear.num_outputs * linear.num_inputs < MIN_WEIGHTS:

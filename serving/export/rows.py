@@ -23,7 +23,6 @@ from serving.export.fuse import fuse
 from serving.export.heads import HEADS, Inputs
 from serving.export.options import Options
 from serving.export.pooling import Pooling
-from serving.export.quantize import quantize
 from serving.export.questions import questions
 from serving.export.reference import check_finite, save_reference, text_cases
 from serving.export.source import Source
@@ -88,7 +87,6 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
         model.config.use_cache = False  # a text is read once
     graph = _traced(Rows(model, source.task, source.pooling), source, options)
     fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
-    quantize(graph, options.quantization)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]
 

@@ -180,7 +180,7 @@ def held_out() -> HeldOutRows:
     """Return texts of random words of the small tokenizers."""
     random.seed(0)
     words = ["the", "quick", "brown", "fox", "returns", "the", "list", "of", "the", "lines", "in", "the", "file"]
-    texts = [" ".join(random.choices(words, k=30)) for _ in range(40)]
+    texts = [" ".join(random.choices(words, k=30)) for _ in range(400)]
     return HeldOutRows([{"text": text} for text in texts], "words at random")
 
 

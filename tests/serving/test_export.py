@@ -464,3 +464,12 @@ def test_a_run_that_has_not_finished_is_told_from_a_folder_that_is_none(tmp_path
     (tmp_path / "status.json").write_text('{"state": "stopped", "step": 5}')
     with pytest.raises(ExportError, match=r"the run has not finished; finish it: trivet train .*config\.yaml"):
         export_model(tmp_path, tmp_path.parent / "onnx")
+
+
+def test_a_model_that_answers_the_same_to_everything_is_refused(save_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "model", "gpt2")
+    weights = {name: each * 0 for name, each in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, tmp_path, "answers 0 to everything; was it trained")

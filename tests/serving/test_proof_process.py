@@ -1,8 +1,12 @@
 """The proof in a process of its own says and refuses what the proof in this one does."""
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,8 @@ from serving.directory import BadInput
 from serving.export import VerificationFailed, export_model
 from serving.proof_process import prove_apart
 from serving.verify import prove
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_record_and_the_stages_are_those_of_a_proof_in_this_process(onnx_dir):
@@ -38,7 +44,7 @@ def test_a_proof_that_is_killed_is_told_and_publishes_nothing(model_dir, tmp_pat
 
     monkeypatch.setattr(proof_process.subprocess, "Popen", Killed)
     monkeypatch.setattr(export, "LARGE_BYTES", 0)
-    with pytest.raises(RuntimeError, match="ended with -9; is there too little memory"):
+    with pytest.raises(BadInput, match="ended with -9, so nothing was published; is there too little memory"):
         export_model(model_dir("gpt2"), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
@@ -72,3 +78,41 @@ def spoil(model) -> None:
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_lies_in_the_users_folder_is_not_imported(onnx_dir, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('the file of the user')")
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving" / "__init__.py").write_text("raise SystemExit('the package of the user')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert prove_apart(onnx_dir, "cpu", progress=print)["passed"]
+
+
+def test_the_proof_ends_with_an_exporter_that_is_killed(onnx_dir, tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+from serving import proof_process
+real = proof_process.subprocess.Popen
+def started(*args, **kwargs):
+    process = real(*args, **kwargs)
+    Path({str(tmp_path / "pid")!r}).write_text(str(process.pid))
+    os.kill(os.getpid(), 9)
+proof_process.subprocess.Popen = started
+proof_process.prove_apart(Path({str(onnx_dir)!r}), "cpu", progress=print)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 60
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

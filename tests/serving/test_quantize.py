@@ -206,12 +206,6 @@ def test_weights_are_read_when_the_graph_is_written_and_not_before(quantization,
     assert (tmp_path / "model.onnx.data").stat().st_size < 0.36 * weight_KN.nbytes
 
 
-def test_no_format_changes_nothing():
-    model = one_layer(random(64, 96))
-    quantize(model, None)
-    assert op_types(model) == ["MatMul", "Sum"]
-
-
 def test_the_bias_of_a_head_that_is_the_graphs_output_is_kept(tmp_path):
     """As a Gemm, which is how a classifier's last layer is traced."""
     from serving.export.fuse_linear import plain_matmuls
