@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from safetensors.numpy import save_file
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import REFERENCE
 from serving.export.attention import ExportError
 from serving.export.loras import merged
+from serving.export.refusing import refusing
 from serving.export.source import Source
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
@@ -169,10 +169,8 @@ def _chat_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    try:
+    with refusing("chat template: refuses a plain conversation", "mend or remove it"):
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        raise ExportError(f"chat template: refuses a plain conversation ({error}); mend or remove it") from None
 
 
 def _decoded_cases(tokenizer: PreTrainedTokenizerBase, tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
