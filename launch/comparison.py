@@ -157,5 +157,9 @@ def print_table(lines: list[Line]) -> None:
 def _cell(value: float | None, base: float | None, *, is_base: bool) -> str:
     if value is None:
         return "-"
-    shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return shown if is_base or not base else f"{shown} (x{value / base:.2f})"
+    return shown(value) if is_base or not base else f"{shown(value)} (x{value / base:.2f})"
+
+
+def shown(value: float) -> str:
+    """Return a figure as it is printed."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -11,7 +11,7 @@ def plot(lines: "list[Line]", path: Path) -> None:
     """Write a PNG with a panel for each figure and one for quality; a format that was refused is grey and says so."""
     from matplotlib.figure import Figure
 
-    from launch.comparison import columns
+    from launch.comparison import columns, shown
     from launch.report_plots import COLOURS
 
     names = [name for name in columns(lines) if name != "export s"]
@@ -22,7 +22,7 @@ def plot(lines: "list[Line]", path: Path) -> None:
         values = [line.figures.get(name, 0) for line in lines]
         bars = panel.bar(places, values, color=COLOURS[: len(lines)])
         panel.bar_label(
-            bars, [f"{line.figures[name]:,.0f}" if name in line.figures else "refused" for line in lines], size=8
+            bars, [shown(line.figures[name]) if name in line.figures else "refused" for line in lines], size=8
         )
         panel.set_title(name, fontsize=10)
     _quality(panels[-1], lines)
