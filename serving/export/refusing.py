@@ -22,6 +22,6 @@ def refusing(found: str, fix: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).split("\n")
-    line = next((each.strip() for each in lines if each.strip()), "")
+    lines = [each.strip() for each in str(error).splitlines() if each.strip()] or [""]
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}"
