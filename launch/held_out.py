@@ -51,7 +51,19 @@ def _of_file(path: Path) -> Iterator[Row]:
     for row in read_rows(path):
         if not isinstance(row.get("text"), str) and "messages" not in row:
             raise BadInput(f"--data: {getattr(row, 'place', path)} has no text; give each row a text, or messages")
+        if "messages" in row and not _is_chat(row["messages"]):
+            raise BadInput(
+                f"--data: {getattr(row, 'place', path)}: messages is no chat; accepted: a list of {{role, content}}, "
+                "both of them text"
+            )
         yield dict(row)
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+        for turn in messages
+    )
 
 
 def _of_run(path: Path) -> list[Row]:

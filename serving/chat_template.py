@@ -33,16 +33,16 @@ class ChatTemplate:
                 f"chat_template: cannot be compiled ({_one_line(error)}); mend it and export again"
             ) from None
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], *, now: datetime | None = None) -> str:
         """Return the prompt for `messages`, up to where the assistant's answer begins.
 
         Raises BadInput for whatever goes wrong in the template, its own `raise_exception` included.
         """
         plain = json.loads(json.dumps(messages))  # nothing with methods of its own gets into the sandbox
-        pieces, num_chars = [], 0
+        pieces, num_chars, clock = [], 0, {} if now is None else {"strftime_now": lambda pattern: now.strftime(pattern)}
         try:
             for piece in self._template.generate(
-                messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._variables
+                messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._variables | clock
             ):
                 pieces.append(piece)
                 num_chars += len(piece)

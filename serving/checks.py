@@ -1,5 +1,6 @@
 """What the proofs of all tasks share: the comparison of texts, and how a difference of logits is judged."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 from serving.engine import NEAR_TIE
 from serving.text import Text
 
-# The largest logit difference accepted, as a share of the standard deviation of the source's logits: a difference means
-# something only beside how far logits lie apart. fp32 rounding was seen at 1e-5 of it, for two random layers as for the
-# 30 of SmolLM2-135M; in two layers, one matrix 1% too large gave 6e-2, and a position wrong by one more than 1.
+# The largest logit difference accepted, as a share of how far the source's logits lie apart (`spread`): a difference
+# means something only beside that. fp32 rounding was seen at 1e-5 of it, for two random layers as for the 30 of
+# SmolLM2-135M; in two layers, one matrix 1% too large gave 6e-2, and a position wrong by one more than 1.
 LOGIT_TOLERANCE = 1e-3
 
 # The same for each number format of weights and activations, and for the root of the mean squared difference, which
@@ -52,7 +53,8 @@ def check_text(folder: Path, cases: Cases) -> Check:
         if text.encode(case["text"], add_special_tokens=case["add_special_tokens"]) != case["ids"]:
             wrong.append(f"encode({case['text'][:40]!r})")
     for case in cases.get("chats", []):
-        if not text.has_chat_template or text.chat(case["messages"]) != case["ids"]:
+        now = datetime.fromisoformat(case["now"]) if "now" in case else None
+        if not text.has_chat_template or text.chat(case["messages"], now=now) != case["ids"]:
             wrong.append(f"chat({case['messages'][-1]['content'][:40]!r})")
     for case in cases.get("decoded", []):
         if text.decode(case["ids"], skip_special_tokens=case["skip_special_tokens"]) != case["text"]:
@@ -82,6 +84,16 @@ def near_tie(dtype: str, largest: float) -> float:
     In half precision, where each logit was seen to move by up to `largest`, they may change places up to twice that.
     """
     return NEAR_TIE if dtype == "fp32" else 2 * largest
+
+
+def spread(logits_NV: np.ndarray) -> float:
+    """Return how far logits lie apart: the standard deviation over the vocabulary, from the middle half of it alone.
+
+    Tokens that a model never says may have logits far below all others, and would make every difference look small.
+    """
+    some_NV = logits_NV[:: max(1, len(logits_NV) // 64)]
+    low_N, high_N = np.percentile(some_NV, (25, 75), axis=-1)
+    return float(np.median(high_N - low_N)) / 1.349  # of a normal distribution
 
 
 def max_abs_diff(found: np.ndarray, expected: np.ndarray) -> float:

@@ -23,7 +23,7 @@ def refusal(folder: Path, manifest: dict[str, Any]) -> str | None:
     What else config.json and the weights may rule out is not asked here.
     """
     objective = manifest.get("objective")
-    if objective in TASK_OF:
+    if isinstance(objective, str) and objective in TASK_OF:
         return None
     return f"objective {objective} cannot be exported; accepted: {', '.join(TASK_OF)}" + how_to_ask(folder)
 

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,19 @@ class Text:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def chat(self, messages: list[dict[str, Any]], *, now: datetime | None = None) -> list[int]:
         """Return the prompt ids for a chat, up to where the assistant's answer begins.
 
         Equal to transformers' `apply_chat_template(..., add_generation_prompt=True)`, but for one thing: a special
         token that a message spells out is encoded as plain text (transformers' `sanitize_control_tokens=True`), so
-        that nobody can end their own turn and speak as somebody else. Raises BadInput.
+        that nobody can end their own turn and speak as somebody else. `now` is what a template that writes the date
+        takes for it. Raises BadInput.
         """
         if self._template is None:
             raise BadInput("messages: this model has no chat template; send a plain prompt (/v1/completions) instead")
         if not messages:
             raise BadInput("messages: the list is empty; give at least one message")
-        return self._encode_marked(self._template.render([self._mark(message) for message in messages]))
+        return self._encode_marked(self._template.render([self._mark(message) for message in messages], now=now))
 
     def _mark(self, value: Any) -> Any:
         """Bracket the special tokens in a user's strings; drop keys without a value, which templates trip over."""

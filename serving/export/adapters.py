@@ -1,6 +1,5 @@
 """LoRA adapters as PEFT saves them: read, and refused where they are more than that or of another base."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from serving.export.attention import ExportError
 from serving.export.fingerprint import fingerprint
+from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
+from serving.export.lora_folder import was_merged
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -72,13 +72,13 @@ def _read(given: Path, base: Path, base_hash: str) -> Adapter:
     )
     if folder is None:
         raise ExportError(f"--loras: {given} has no {CONFIG}; accepted: folders of PEFT's LoRA adapters")
+    config = read_config(folder)
+    _check_kind(folder, config)
+    _check_base(folder, config, base, base_hash)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        _check_kind(folder, config)
-        _check_base(folder, config.get("base_model_name_or_path"), base, base_hash)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"--loras: {folder} cannot be read ({str(error).splitlines()[0]}); save it again") from None
     name = next(part for part in reversed(folder.resolve().parts) if part not in ("adapter", "model"))
     if not _PLAIN_NAME.fullmatch(name):
@@ -89,8 +89,6 @@ def _read(given: Path, base: Path, base_hash: str) -> Adapter:
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ExportError(f"--loras: {folder} is of type {config.get('peft_type')!r}; accepted: LORA")
     found = [meaning for name, meaning in _MORE_THAN_LORA.items() if config.get(name)]
     if config.get("bias", "none") != "none":
         found.append("trained biases")
@@ -102,16 +100,24 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _check_base(folder: Path, trained_on: str | None, base: Path, base_hash: str) -> None:
-    """Raise ExportError where the adapter's base is known, and is another one."""
+def _check_base(folder: Path, config: dict[str, Any], base: Path, base_hash: str) -> None:
+    """Raise ExportError where nothing can tell that the adapter was trained on this base: not its own base, which is
+    gone or another model, nor what it was merged into, with which the proof compares.
+    """
+    trained_on = config.get("base_model_name_or_path")
     if not trained_on:
         raise ExportError(
             f"--loras: {folder} does not say which base it was trained on; name it in its {CONFIG}: {base}"
         )
-    there = Path(trained_on)
-    lies_there = (there / "config.json").is_file()
-    if base_hash != fingerprint(there) if lies_there else there.name != base.resolve().name:
-        raise ExportError(f"--loras: {folder} was trained on {trained_on}, not on {base}; export that base with it")
+    there = named_base(folder, config)
+    if was_merged(folder) or (there is not None and fingerprint(there) == base_hash):
+        return
+    if there is None:
+        raise ExportError(
+            f"--loras: {folder} was trained on {trained_on}, which is not here to compare with {base}; if they are the "
+            f"same, name {base} in its {CONFIG} (base_model_name_or_path)"
+        )
+    raise ExportError(f"--loras: {folder} was trained on {trained_on}, not on {base}; export that base with it")
 
 
 def _updates(

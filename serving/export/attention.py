@@ -16,8 +16,9 @@ from serving.directory import BadInput
 
 NAME = "trivet_in_place"
 
-# Passed along to every attention function, and without a say in it: positions are already in the queries and keys.
-_HARMLESS = {"position_ids", "use_cache"}
+# Passed along to every attention function, and without a say in it: positions are already in the queries and keys, and
+# what a mixture of experts is asked to tell beside its answer changes no answer.
+_HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
 
 
 class ExportError(BadInput):
@@ -109,7 +110,9 @@ def _refuse_unknown(
         raise ExportError(f"{kind}: asks for dropout {dropout}; put the model into evaluation mode")
     if others.pop("is_causal", None) is False or getattr(module, "is_causal", None) is False:
         raise ExportError(f"{kind}: its attention is not causal; only causal decoders can be exported")
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    unknown = sorted(
+        name for name, value in others.items() if value is not None and value is not False and name not in _HARMLESS
+    )
     if unknown:
         raise ExportError(
             f"{kind}: asks attention for {', '.join(unknown)}, which the exported attention does not do; "

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from serving.export.generation import GENERATION
 from serving.export.graph import write_graph
 from serving.export.reference import write_reference
 from serving.export.source import Source
@@ -17,7 +18,7 @@ def write_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
 ) -> dict[str, Any]:
     """Write generation_config.json; return what the engine needs to know, for the manifest."""
-    settings = source.body / "generation_config.json"
+    settings = source.body / GENERATION
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     else:

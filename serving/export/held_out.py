@@ -15,6 +15,7 @@ from serving.directory import REFERENCE
 from serving.export.attention import ExportError
 from serving.export.held_out_texts import answers
 from serving.export.reference import save_reference
+from serving.export.refusing import refusing
 from serving.export.source import Source
 from serving.quality import PREFIX, Tensors, log_likelihoods
 
@@ -81,7 +82,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, held_out: HeldOutRows) -> Iterator[
     lines, num_chars = [], 0
     for row in held_out.rows:
         if "messages" in row and tokenizer.chat_template is not None:
-            yield tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+            with refusing(f"--data: {held_out.origin}: the model's chat template refuses a row", "mend that row"):
+                ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+            yield ids
         else:
             lines.append(row["text"] if "text" in row else "\n".join(turn["content"] for turn in row["messages"]))
         num_chars += len(lines[-1]) if lines else 0

@@ -7,15 +7,15 @@ merged into.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from serving.directory import MANIFEST, DirectoryError, check_files, read_manifest
-from serving.export.adapters import CONFIG, WEIGHTS
 from serving.export.attention import ExportError
+from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
+from serving.export.refusing import refusing
 
 _ENDINGS = {"CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_CLS": ("ForSequenceClassification",),
             "TOKEN_CLS": ("ForTokenClassification",)}  # fmt: skip
@@ -29,16 +29,11 @@ def is_lora(folder: Path) -> bool:
 
 def base_of(folder: Path) -> Path:
     """Return the folder of the model that a LoRA is over. Raises ExportError where it cannot be merged into that."""
-    config = _config(folder)
-    kind, named = config.get("peft_type"), config.get("base_model_name_or_path")
-    if kind != "LORA":
-        raise ExportError(f"{folder}: its peft_type is {kind}; accepted: LORA, or a model directory of `trivet train`")
+    config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise ExportError(f"{folder}: has no {WEIGHTS}; save the adapter again with save_pretrained")
-    base = next(
-        (each for each in (Path(named or ""), folder / (named or "")) if (each / "config.json").is_file()), None
-    )
-    if not named or base is None:
+    named, base = config.get("base_model_name_or_path"), named_base(folder, config)
+    if base is None:
         raise ExportError(
             f"{folder}: its base {named!r} is no model folder here; get the base, and name its folder in "
             f"{CONFIG} (base_model_name_or_path)"
@@ -48,7 +43,8 @@ def base_of(folder: Path) -> Path:
             check_files(base, read_manifest(base, "model"))
         except DirectoryError as error:
             raise ExportError(f"{folder}: its base {base} has changed since: {error}") from None
-    architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
+    with refusing(f"{base / 'config.json'}: cannot be read", "get the base again"):
+        architectures = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
     task = config.get("task_type")
     if not architectures[0].endswith(_ENDINGS.get(task or "", ("",))):
         raise ExportError(
@@ -87,27 +83,29 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
     check_base(model, folder, base)
 
 
+def was_merged(folder: Path) -> bool:
+    """Whether the adapter lies in a model directory of Trivet, beside what it was once merged into."""
+    return (folder.parent / MANIFEST).is_file() and (folder.parent / "config.json").is_file()
+
+
 def check_base(merged: PreTrainedModel, folder: Path, base: Path) -> None:
     """Raise ExportError where the adapter lies beside what it was once merged into, and `merged` is another model."""
-    if not ((folder.parent / MANIFEST).is_file() and (folder.parent / "config.json").is_file()):
+    if not was_merged(folder):
         return
-    mine = merged.state_dict()
+    mine, num_compared = merged.state_dict(), 0
     for path in sorted(folder.parent.glob("*.safetensors")):
         for name, once in load_file(path).items():
-            if name in mine and not _alike(mine[name], once.float()):
+            if name not in mine:
+                continue
+            num_compared += 1
+            if not _alike(mine[name], once.float()):
                 raise ExportError(
                     f"{folder}: its base {base} has changed since: {name} is not what {folder.parent} was merged into; "
                     f"export {folder.parent}"
                 )
+    if not num_compared:
+        raise ExportError(f"{folder}: {folder.parent} holds nothing to compare {base} with; export {folder.parent}")
 
 
 def _alike(found: torch.Tensor, once: torch.Tensor) -> bool:
     return found.shape == once.shape and bool((found - once).abs().max() <= _CLOSE * once.abs().max())
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return dict(content)
-    except (OSError, ValueError, TypeError) as error:
-        raise ExportError(f"{folder / CONFIG}: cannot be read ({error}); save the adapter again") from None

@@ -13,9 +13,9 @@ from safetensors.numpy import save
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from serving.export import lora_folder
 from serving.export.adapters import Adapter
 from serving.export.attention import ExportError
-from serving.export.lora_folder import check_base
 from serving.loras import STACKS
 
 
@@ -82,15 +82,15 @@ def put_into(model: PreTrainedModel, adapters: Sequence[Adapter], selection: Sel
 def merged(model: PreTrainedModel, adapter: Adapter, base: Path) -> PreTrainedModel:
     """Return the model of `base` with the adapter merged into it, by PEFT: what the graph is compared with.
 
-    Raises ExportError where what lies beside the adapter says that the base has changed since.
+    Raises ExportError where it does not fit, or where what lies beside it says that the base has changed since.
     """
     try:
-        from peft import PeftModel
+        import peft  # noqa: F401
     except ImportError:
         raise ExportError("--loras: needs PEFT, which merges for the proof; run: pip install 'trivet[train]'") from None
-    whole = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().eval()
-    check_base(whole, adapter.folder, base)
-    return whole
+    lora_folder.apply(model, adapter.folder, base)
+    lora_folder.merge(model, adapter.folder, base)
+    return model.eval()
 
 
 def _sizes(layer: torch.nn.Module) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from serving.export.attention import ExportError, InPlaceAttention, KvShape
@@ -32,13 +32,26 @@ def probe(folder: Path, config: PreTrainedConfig) -> list[KvShape]:
         except ExportError as error:
             raise ExportError(f"{folder}: {error}") from None
         except Exception as error:
+            _refuse_experts(folder, model)
             raise ExportError(f"{refusal(folder, config)} ({type(error).__name__} in a trial run)") from error
+    _refuse_experts(folder, model)
     layers = range(config.num_hidden_layers)
+    if not layers:
+        raise ExportError(f"{folder}/config.json: has no layers (num_hidden_layers {len(layers)}); mend it")
     if sorted(attention.shapes) != list(layers) or logits.shape != (1, 2, config.vocab_size):
         raise ExportError(refusal(folder, config))
     shapes = [attention.shapes[layer] for layer in layers]
     _check_shapes(folder, config, shapes)
     return shapes
+
+
+def _refuse_experts(folder: Path, model: PreTrainedModel) -> None:
+    """Raise ExportError for a mixture of experts: each token picks its own weights, which no trace follows."""
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        raise ExportError(
+            f"{folder}: {type(model).__name__} cannot be exported: it is a mixture of experts, and which a token "
+            "goes through cannot be traced; accepted: decoders whose layers are the same for every token"
+        )
 
 
 def refusal(folder: Path, config: PreTrainedConfig) -> str:

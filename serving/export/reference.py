@@ -3,29 +3,34 @@
 `ids.<i>` holds a prompt and its greedy continuation, `prompt_lengths` where each continuation begins, and `logits.<i>`
 [at most NUM_KEPT_LOGITS, vocabulary] the source's logits over the last of these ids but one. The file's metadata holds
 texts and chats with their ids.
+`far.ids` are tokens from position `far.start` on, behind a past of zeros, and `far.logits` those after the last.
 The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
 adapter that was merged into the source for it, None for none.
 """
 
 import json
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
-from safetensors.numpy import save
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.numpy import save_file
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import REFERENCE
 from serving.export.attention import ExportError
 from serving.export.loras import merged
+from serving.export.refusing import refusing
 from serving.export.source import Source
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
 LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach
 LORA_PROMPTS = slice(1, 4)  # of these, for each adapter
 NUM_NEW_TOKENS = 24
+FAR_TOKENS = 8  # at the end of the context
+FAR_CACHE_BYTES = 256 << 20  # of what lies before them; of a longer context the end is not reached
 NUM_KEPT_LOGITS = max(PROMPT_LENGTHS) + NUM_NEW_TOKENS - 1  # all of the others; the file stays small
 
 TEXTS = (
@@ -59,6 +64,7 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             tensors |= _answer(answering, prompt, index, source)
         answered += asked
         loras += [None if adapter is None else adapter.name] * len(asked)
+    tensors |= _far_answer(model, prompts[-1][:FAR_TOKENS], source)
     tensors["prompt_lengths"] = np.array([len(prompt) for prompt in answered])
     metadata = {
         "loras": json.dumps(loras),
@@ -77,16 +83,40 @@ def _answer(model: PreTrainedModel, prompt: list[int], index: int, source: Sourc
     return {f"ids.{index}": np.array(ids), f"logits.{index}": logits[0, -NUM_KEPT_LOGITS:].float().numpy()}
 
 
+def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
+    """Return what `model` answers to tokens at the last positions that it has, behind a past of zeros.
+
+    Such a past costs no more than its memory, and shows where far positions or a sliding window go wrong: every token
+    of it that is looked at takes its share of the attention.
+    """
+    kv = source.layers[0]
+    longest = FAR_CACHE_BYTES // (len(source.layers) * 2 * kv.num_kv_heads * kv.head_dim * 4)
+    start = min(source.config.max_position_embeddings, longest) - len(ids)
+    past, zeros = DynamicCache(), torch.zeros(1, kv.num_kv_heads, start, kv.head_dim)
+    for layer in range(len(source.layers)):
+        past.update(zeros, zeros, layer)
+    positions = torch.arange(start, start + len(ids))[None]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits
+    check_finite(logits, source)
+    return {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
+
+
 def check_finite(logits: torch.Tensor, source: Source) -> None:
-    """Raise ExportError where the source itself answers with infinities or NaN."""
+    """Raise ExportError where the source itself answers with infinities or NaN, or always the same."""
     if not torch.isfinite(logits).all():
         raise ExportError(f"{source.folder}: the model's logits are not finite; was its training diverging?")
+    if logits.numel() > 1 and logits.min() == logits.max():
+        raise ExportError(f"{source.folder}: the model answers {float(logits.min()):g} to everything; was it trained?")
 
 
 def save_reference(folder: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write `folder`/reference.safetensors."""
-    # Not save_file: it makes the file readable by its owner alone, and another user may be the one who serves.
-    (folder / REFERENCE).write_bytes(save(tensors, metadata=metadata))
+    # Of bytes the file would be in memory twice. It is readable by its owner alone, and another user may serve it.
+    save_file(tensors, folder / REFERENCE, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    (folder / REFERENCE).chmod(0o666 & ~umask)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, context_length: int) -> list[list[int]]:
@@ -134,14 +164,13 @@ def text_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
 def _chat_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     if tokenizer.chat_template is None:
         return []
-    return [{"messages": messages, "ids": _chat_ids(tokenizer, messages)} for messages in _CHATS]
+    now = datetime.now().isoformat()  # a template that writes the date must not fail the proof of tomorrow
+    return [{"messages": messages, "now": now, "ids": _chat_ids(tokenizer, messages)} for messages in _CHATS]
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    try:
+    with refusing("chat template: refuses a plain conversation", "mend or remove it"):
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        raise ExportError(f"chat template: refuses a plain conversation ({error}); mend or remove it") from None
 
 
 def _decoded_cases(tokenizer: PreTrainedTokenizerBase, tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -14,9 +14,11 @@ from serving.export import lora_folder
 from serving.export.adapters import Adapter
 from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
+from serving.export.generation import check_generation
 from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
+from serving.export.refusing import refusing
 from serving.export.weights import check_numbers, read_model
 from serving.manifest import NUMBER, SEVERAL, SINGLE
 
@@ -88,12 +90,10 @@ class Source:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer. Raises ExportError when there is none that runs without Python code."""
         fix = "save the tokenizer into it with save_pretrained"
-        try:
-            has_own = self.is_lora and (self.folder / "tokenizer.json").is_file()
-            where = self.folder if has_own else self.body
+        has_own = self.is_lora and (self.folder / "tokenizer.json").is_file()
+        where = self.folder if has_own else self.body
+        with refusing(f"{where}: no tokenizer: tokenizer.json and tokenizer_config.json cannot be read", fix):
             tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ExportError(f"{self.folder}: no tokenizer ({str(error).splitlines()[0]}); {fix}") from None
         if not tokenizer.is_fast:
             raise ExportError(
                 f"{self.folder}: {type(tokenizer).__name__} has no tokenizer.json form; {fix}, a fast one"
@@ -121,13 +121,12 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
         )
     body = _body(folder, is_unmerged)
     _check_files_present(body)
-    try:
+    with refusing(f"{body}/config.json: transformers cannot make a model of it", "mend it, or save the model again"):
         config = AutoConfig.from_pretrained(body, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{body}/config.json: transformers cannot read it ({reason}); save the model again") from None
-    task, architecture = _check_config(body, config)
-    layers = probe(body, config) if task == "causal_lm" else []
+        task, architecture = _check_config(body, config)
+        layers = probe(body, config) if task == "causal_lm" else []
+    if task == "causal_lm":
+        check_generation(body, config)
     pooling = read_pooling(body) if task == "embedding" else None
     if task in ("classification", "token_classification"):
         _check_labels(body, config, task)
@@ -181,7 +180,7 @@ def _best_run(result: Path) -> Path:
 
 
 def _check_files_present(folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
+    if not any(path.is_file() for path in folder.glob("*.safetensors")):
         raise ExportError(f"{folder}: has no *.safetensors weights; save the model again with save_pretrained")
     if name := foreign_weights(folder):
         raise ExportError(f"{folder}: names {name!r} as a file of its weights, which is no safetensors file of it")
@@ -204,15 +203,23 @@ def _check_config(folder: Path, config: PreTrainedConfig) -> tuple[str, str]:
         raise ExportError(f"{where}: {config.model_type} is an encoder-decoder; accepted: encoders and decoders")
     if getattr(config, "quantization_config", None):
         raise ExportError(f"{where}: the weights are quantized; export the unquantized model")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in _LENGTH_DEPENDENT_ROPE:
-        raise ExportError(f"{where}: rope_type {rope_type!r} changes with the text's length and cannot be exported")
+    for rope_type in _rope_types(getattr(config, "rope_parameters", None)):
+        if rope_type in _LENGTH_DEPENDENT_ROPE:
+            raise ExportError(f"{where}: rope_type {rope_type!r} changes with the text's length and cannot be exported")
     if task == "causal_lm" and not AUTO_CLASSES[task]._model_mapping[type(config)]._supports_attention_backend:
         raise ExportError(refusal(folder, config))
     context_length, shortest = getattr(config, "max_position_embeddings", None), MIN_CONTEXT_LENGTH.get(task, 8)
     if not context_length or context_length < shortest:
         raise ExportError(f"{where}: max_position_embeddings {context_length}; accepted: {shortest} or more")
     return task, architecture
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    """Return how positions are rotated: in all layers, or in each type of layer, whose settings are nested."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [found for value in parameters.values() for found in _rope_types(value)]
+    return [str(parameters.get("rope_type", parameters.get("type", "default"))), *nested]
 
 
 def _check_labels(folder: Path, config: PreTrainedConfig, task: str) -> None:

@@ -12,9 +12,15 @@ def check_target(onnx_dir: Path, model_dir: Path | None = None) -> None:
     """Raise ExportError where `onnx_dir` holds anything else than an older export, or overlaps with the model."""
     if model_dir and (onnx_dir == model_dir or model_dir in onnx_dir.parents or onnx_dir in model_dir.parents):
         raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
-    if onnx_dir.exists() and not onnx_dir.is_dir():
+    if onnx_dir == Path.cwd() or onnx_dir in Path.cwd().parents:
+        raise ExportError(f"{onnx_dir}: is or holds the current folder, which an export replaces; give a new folder")
+    try:
+        is_other, is_used = onnx_dir.exists() and not onnx_dir.is_dir(), onnx_dir.is_dir() and any(onnx_dir.iterdir())
+    except OSError as error:
+        raise ExportError(f"{onnx_dir}: cannot be written ({error.strerror}); give another place") from None
+    if is_other:
         raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
-    if onnx_dir.is_dir() and any(onnx_dir.iterdir()):
+    if is_used:
         try:
             read_manifest(onnx_dir, "onnx")
         except DirectoryError as error:

@@ -1,4 +1,4 @@
-"""Weights read whole, as they were saved, and refused where something is missing or no number."""
+"""Weights read whole, as they were saved, and refused where something is missing, left over or no number."""
 
 from pathlib import Path
 from typing import Any
@@ -8,34 +8,67 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
+from serving.export.refusing import refusing
+
+# What transformers calls heads and poolers: of another task than the model's they may lie beside its weights.
+_HEADS = {
+    *("lm_head", "cls", "classifier", "pre_classifier", "score", "qa_outputs", "pooler", "predictions"),
+    *("generator_predictions", "generator_lm_head", "discriminator_predictions", "sequence_summary", "sop_classifier"),
+    *("vocab_transform", "vocab_layer_norm", "vocab_projector", "seq_relationship"),
+}
 
 
 def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> PreTrainedModel:
     """Return the model of a folder in fp32 with its own plain attention.
 
-    Raises ExportError when the weights cannot be read or are not all there: transformers would make up the rest. Those
-    whose names begin with `unused` may be missing.
+    Raises ExportError when the weights cannot be read, are not all there (transformers would make up the rest), or more
+    of them are there than the config asks for (transformers would drop them). Those whose names begin with `unused` may
+    be missing.
     """
-    try:
-        model, loaded = auto_class.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that the names of the tensors are told
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{folder}: its weights cannot be read ({reason}); save the model again") from None
+    with refusing(f"{folder}/config.json: transformers cannot make a model of it", "mend it, or save the model again"):
+        try:
+            model, loaded = auto_class.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that the names of the tensors are told
+                output_loading_info=True,
+            )
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExportError(f"{folder}: its weights cannot be read ({reason}); save the model again") from None
     wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
     wrong = {name for name in wrong if unused is None or not name.startswith(unused)}
     if wrong:
         named = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ExportError(f"{folder}: its weights lack {named}, or hold another shape of it; save the model again")
+    # Without those that transformers itself knows to be harmless: old buffers of positions, layers that only train.
+    _check_left_over(
+        folder, model, sorted(name for name in loaded["unexpected_keys"] if not _of_other_task(name, model))
+    )
     return model
+
+
+def _of_other_task(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight that the model does not read is of a head or pooler that it does not have."""
+    if name.endswith(".position_ids"):
+        return True
+    inner = name.removeprefix(f"{model.base_model_prefix}.").removeprefix("cls.")  # BERT has its heads in `cls`
+    head = inner.split(".")[0]
+    path = name.removesuffix(inner) + head
+    return head in _HEADS and path not in dict(model.named_modules())
+
+
+def _check_left_over(folder: Path, model: PreTrainedModel, names: list[str]) -> None:
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ExportError(
+            f"{folder}: its weights hold {names[0]}{others}, which {type(model).__name__} does not read as config.json "
+            "describes it; mend config.json, or merge and save the model again"
+        )
 
 
 def check_numbers(folder: Path, model: PreTrainedModel) -> None:

@@ -94,6 +94,7 @@ def test_the_table_has_each_figure_beside_that_of_fp32(capsys, monkeypatch):
         (["--quantize", "int8", "--data", "none.txt"], "none.txt"),
         (["--quantize", "int8", "--data", "empty.txt"], "empty.txt"),
         (["--quantize", "int8", "--data", "numbers.jsonl"], "numbers.jsonl, line 1 has no text; give each row a text"),
+        (["--quantize", "int8", "--data", "chats.jsonl"], "chats.jsonl, line 1: messages is no chat; accepted: a list"),
     ],
 )
 def test_what_cannot_be_quantised_is_told_before_any_work(
@@ -102,6 +103,7 @@ def test_what_cannot_be_quantised_is_told_before_any_work(
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("")
     Path("numbers.jsonl").write_text('{"number": 5}\n')
+    Path("chats.jsonl").write_text('{"messages": 5}\n')
     code, _, err = trivet("export", model, "onnx", *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert message in err

@@ -148,6 +148,50 @@ def test_weights_that_are_not_all_there_are_refused_not_made_up(save_model, tmp_
     refused(source, tmp_path, "its weights cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("kind", "saved", "says", "left_over"),
+    [
+        ("gpt2", {}, {"n_layer": 1}, r"transformer\.h\.1\.attn\.c_attn\.weight and 10 more, which GPT2LMHeadModel"),
+        (
+            "llama",
+            {"attention_bias": True},
+            {"attention_bias": False},
+            r"layers\.0\.self_attn\.k_proj\.bias and 7 more",
+        ),
+        ("llama", {}, {"lora_A.default": (2, 32)}, r"layers\.0\.self_attn\.q_proj\.lora_A\.default\.weight, which"),
+    ],
+)
+def test_weights_that_the_config_does_not_ask_for_are_refused_not_dropped(
+    save_model, tmp_path, kind, saved, says, left_over
+):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "source", kind, **saved)
+    for name, value in says.items():
+        if name == "lora_A.default":
+            tensors = load_file(source / "model.safetensors")
+            tensors[f"model.layers.0.self_attn.q_proj.{name}.weight"] = torch.zeros(value)
+            save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        else:
+            config = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps(config | {name: value}))
+    refused(source, tmp_path, f"its weights hold .*{left_over}")
+
+
+def test_heads_of_other_tasks_and_old_buffers_beside_the_weights_are_no_obstacle(save_text_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_text_model(tmp_path / "source", "bert", "masks")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("cls.seq_relationship.weight", "bert.pooler.dense.weight", "classifier.weight"):
+        tensors[name] = torch.zeros(32, 32)
+    tensors["bert.embeddings.position_ids"] = torch.arange(130)[None]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert export_model(source, tmp_path / "onnx")["passed"]
+
+
 def test_tied_weights_are_not_missing(save_model, tmp_path):
     from serving.export.source import open_source
 
@@ -159,6 +203,32 @@ def test_tied_weights_are_not_missing(save_model, tmp_path):
 def test_an_architecture_with_attention_of_its_own_is_refused(tmp_path, tiny_config):
     source = bare_model(tmp_path / "model", tiny_config("bloom"))
     refused(source, tmp_path, "BloomForCausalLM cannot be exported.*attention interface; accepted: decoders that do")
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_of_experts_is_refused_for_what_it_is(tmp_path, kind):
+    import transformers
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, intermediate_size=64)
+    source = bare_model(tmp_path / "source", config)
+    refused(source, tmp_path, f"{kind}ForCausalLM cannot be exported: it is a mixture of experts")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_are_refused_in_one_type_of_layer_too(tmp_path, rope_type):
+    import transformers
+
+    scaled = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 400}
+    if rope_type == "longrope":
+        scaled |= {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, head_dim=16, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": scaled},
+    )  # fmt: skip
+    source = bare_model(tmp_path / "source", config, architectures=["Gemma3ForCausalLM"])
+    refused(source, tmp_path, f"rope_type '{rope_type}' changes with the text's length")
 
 
 def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
@@ -179,11 +249,32 @@ def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config):
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantized"),
         ({"max_position_embeddings": 32}, "max_position_embeddings 32; accepted: 64 or more"),
-        ({"model_type": "no_such_model"}, "config.json: transformers cannot read it"),
+        ({"model_type": "no_such_model"}, "config.json: transformers cannot make a model of it"),
     ],
 )
 def test_a_config_that_cannot_be_exported_is_refused(tmp_path, tiny_config, changes, message):
     refused(bare_model(tmp_path / "model", tiny_config("llama"), **changes), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token_id": 2', "cannot be read"),
+        ("[1]", r"cannot be read \(no object\)"),
+        ('{"eos_token_id": "x"}', "eos_token_id 'x'; accepted: whole numbers from 0 to 319"),
+        ('{"eos_token_id": [2, 320]}', "eos_token_id 320; accepted"),
+        ('{"eos_token_id": true}', "eos_token_id True; accepted"),
+    ],
+)
+def test_an_end_token_that_the_model_cannot_say_is_refused(tmp_path, tiny_config, text, message):
+    source = bare_model(tmp_path / "source", tiny_config("llama"))
+    (source / "generation_config.json").write_text(text)
+    refused(source, tmp_path, rf"source/generation_config\.json: {message}")
+
+
+def test_an_end_token_of_the_config_is_checked_where_nothing_else_names_one(tmp_path, tiny_config):
+    source = bare_model(tmp_path / "source", tiny_config("llama"), eos_token_id=99999)
+    refused(source, tmp_path, r"source/config\.json: eos_token_id 99999; accepted")
 
 
 def test_other_kinds_of_folder_are_refused(tmp_path, tiny_config):
@@ -373,3 +464,12 @@ def test_a_run_that_has_not_finished_is_told_from_a_folder_that_is_none(tmp_path
     (tmp_path / "status.json").write_text('{"state": "stopped", "step": 5}')
     with pytest.raises(ExportError, match=r"the run has not finished; finish it: trivet train .*config\.yaml"):
         export_model(tmp_path, tmp_path.parent / "onnx")
+
+
+def test_a_model_that_answers_the_same_to_everything_is_refused(save_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "model", "gpt2")
+    weights = {name: each * 0 for name, each in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, tmp_path, "answers 0 to everything; was it trained")

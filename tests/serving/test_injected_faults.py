@@ -109,7 +109,8 @@ def refused(tmp_path, record_property):
 @pytest.mark.parametrize("fault", AFTER_THE_SOURCE_ANSWERED)
 def test_a_fault_of_the_graph_is_refused_with_the_difference(fault, model_dir, refused, monkeypatch):
     kind = put_into_the_graph(fault, monkeypatch)
-    refused(model_dir(kind), r"nothing was published: .*logits differ by [0-9.e+-]+, accepted [0-9.e-]+")
+    evidence = r"(logits differ by [0-9.e+-]+, accepted [0-9.e-]+|cannot be run)"
+    refused(model_dir(kind), f"nothing was published: .*{evidence}")
 
 
 @pytest.mark.parametrize("quantization", ["int8-weights", "int4"])
@@ -263,3 +264,44 @@ def test_a_stale_proof_is_refused_by_who_serves(onnx_copy, record_property):
     ) as caught:
         Engine.open(onnx_copy)
     record_property("evidence", str(caught.value).partition(": ")[2])
+
+
+def long_mistral(folder: Path, save) -> Path:
+    """Save a model whose window and context are longer than every prompt of the proof."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, max_position_embeddings=2048, sliding_window=400, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return save(folder, MistralForCausalLM(config).eval())
+
+
+def test_a_window_longer_than_the_prompts_that_is_forgotten_is_refused(
+    tmp_path, refused, save_with_tokenizer, monkeypatch
+):
+    from serving.export.attention import InPlaceAttention
+
+    attend = InPlaceAttention.__call__
+
+    def forgetful(self, *args, sliding_window=None, **kwargs):
+        return attend(self, *args, sliding_window=None if self.past else sliding_window, **kwargs)
+
+    monkeypatch.setattr(InPlaceAttention, "__call__", forgetful)
+    refused(long_mistral(tmp_path / "model", save_with_tokenizer), "published: logits_far_on: logits differ")
+
+
+def test_rotary_tables_that_are_wrong_beyond_the_prompts_are_refused(
+    tmp_path, refused, save_with_tokenizer, monkeypatch
+):
+    from serving.export import fuse_attention
+
+    write = fuse_attention._Tables._initializer
+
+    def cut(self, name, table, like):
+        table = table.copy()
+        table[400:] = 0
+        return write(self, name, table, like)
+
+    monkeypatch.setattr(fuse_attention._Tables, "_initializer", cut)
+    refused(long_mistral(tmp_path / "model", save_with_tokenizer), "published: logits_far_on: logits differ")

@@ -218,18 +218,25 @@ def changed_config(adapter: Path, folder: Path, **changes) -> Path:
     return folder
 
 
-def test_a_base_known_by_name_alone_must_have_that_name(model_dir, adapters, tmp_path):
-    there = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="someone/llama")
-    export_model(model_dir("llama"), tmp_path / "onnx", Options(loras=(there,)))
-    gone = changed_config(adapters["news"], tmp_path / "b", base_model_name_or_path="someone/qwen")
-    with pytest.raises(ExportError, match=f"b was trained on someone/qwen, not on {model_dir('llama')}"):
-        export_model(model_dir("llama"), tmp_path / "onnx2", Options(loras=(gone,)))
+def test_a_base_that_is_not_here_is_not_known_by_its_name(model_dir, save_model, adapters, tmp_path):
+    gone = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="/gone/llama")
+    assert model_dir("llama").name == "llama"
+    message = (
+        f"a was trained on /gone/llama, which is not here to compare with {model_dir('llama')}; if they are the same"
+    )
+    refused(model_dir("llama"), (gone,), tmp_path, message)
     unknown = changed_config(adapters["news"], tmp_path / "c", base_model_name_or_path=None)
     refused(model_dir("llama"), (unknown,), tmp_path / "d", "c does not say which base it was trained on")
 
 
+def test_a_base_is_found_from_the_adapters_own_folder_too(model_dir, adapters, tmp_path):
+    shutil.copytree(model_dir("llama"), tmp_path / "base")
+    there = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="../base")
+    assert export_model(model_dir("llama"), tmp_path / "onnx", Options(loras=(there,)))["passed"]
+
+
 def test_an_adapter_whose_layers_the_base_lacks_is_refused(model_dir, adapters, tmp_path):
-    named_so = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="someone/gpt2")
+    named_so = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path=str(model_dir("gpt2")))
     message = "updates model.layers.0.self_attn.q_proj, 32 x 32, but this model has no such linear layer"
     refused(model_dir("gpt2"), (named_so,), tmp_path, message)
 
@@ -241,11 +248,32 @@ def test_an_adapter_whose_layers_the_base_lacks_is_refused(model_dir, adapters, 
         ({"modules_to_save": ["lm_head"]}, "has modules that were trained whole"),
         ({"bias": "all"}, "has trained biases"),
         ({"init_lora_weights": "pissa"}, "has a base changed by pissa"),
-        ({"peft_type": "IA3"}, "is of type 'IA3'; accepted: LORA"),
+        ({"peft_type": "IA3"}, "its peft_type is IA3; accepted: LORA"),
     ],
 )
 def test_what_is_more_than_a_lora_is_refused(model_dir, adapters, tmp_path, changes, message):
     refused(model_dir("llama"), (changed_config(adapters["news"], tmp_path / "a", **changes),), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": None}, "lora_alpha None; accepted: the number it was trained with"),
+        ({"lora_alpha": "x"}, "lora_alpha 'x'; accepted: the number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan; accepted: the number"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path 5; accepted: the folder of the base"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern \[1\]; accepted: numbers by the names of layers"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', which is no pattern \(missing \)"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern has 'x' for 'q_proj'; accepted: a number"),
+    ],
+)
+def test_a_config_that_says_nothing_usable_is_refused_beside_its_base_and_alone(
+    model_dir, adapters, tmp_path, changes, message
+):
+    adapter = changed_config(adapters["news"], tmp_path / "a", **changes)
+    message = f"{adapter / 'adapter_config.json'}: {message}"
+    refused(model_dir("llama"), (adapter,), tmp_path, message)
+    refused(adapter, (), tmp_path, message)
 
 
 def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir, adapters, tmp_path):
@@ -264,21 +292,27 @@ def test_a_directory_with_adapters_can_be_verified_elsewhere(exported_loras, tmp
     assert verify(shutil.copytree(exported_loras[0], tmp_path / "copy"))["passed"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adapter(model_dir, tmp_path, kind):
+def merged_beside(adapter: Path, base: Path) -> Path:
+    """Put what the adapter and its base make into the folder around it, sealed, as a run leaves it; return that."""
     from peft import PeftModel
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     from serving.directory import seal
 
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    whole.save_pretrained(adapter.parent)
+    seal(adapter.parent, "model", objective="causal_lm", strategy="lora", labels=None, base_model=str(base), step=1)
+    return adapter.parent
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adapter(model_dir, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
     base = Path(shutil.copytree(model_dir(kind), tmp_path / "base"))
-    run = tmp_path / "news" / "model"
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[kind]
-    save_adapter(base, run / "adapter", r=2, lora_alpha=8, target_modules=targets)
-    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").merge_and_unload()
-    whole.save_pretrained(run)
-    seal(run, "model", objective="causal_lm", strategy="lora", labels=None, base_model=str(base), step=1)
+    adapter = tmp_path / "news" / "model" / "adapter"
+    run = merged_beside(save_adapter(base, adapter, r=2, lora_alpha=8, target_modules=targets), base)
     assert export_model(base, tmp_path / "before", Options(loras=(tmp_path / "news",)))["passed"]
     tensors = load_file(base / "model.safetensors")
     name = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}[kind]
@@ -289,3 +323,18 @@ def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adap
     ):
         export_model(base, tmp_path / "onnx", Options(loras=(tmp_path / "news",)))
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_run_whose_base_moved_is_proven_by_what_lies_beside_it_and_goes_with_no_other(
+    model_dir, save_model, tmp_path
+):
+    base = Path(shutil.copytree(model_dir("llama"), tmp_path / "a" / "model"))
+    adapter = save_adapter(base, tmp_path / "news" / "model" / "adapter", r=2, lora_alpha=8, target_modules=["q_proj"])
+    merged_beside(adapter, base)
+    base.rename(tmp_path / "moved")
+    options = Options(loras=(tmp_path / "news",))
+    assert export_model(tmp_path / "moved", tmp_path / "onnx", options)["passed"]
+    other = save_model(tmp_path / "b" / "model", "llama", seed=7)
+    with pytest.raises(ExportError, match=f"its base {other} has changed since: .* is not what"):
+        export_model(other, tmp_path / "other", options)
+    assert not (tmp_path / "other").exists()

@@ -136,6 +136,30 @@ def test_rows_that_depend_on_each_other_are_never_published(tmp_path):
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.parametrize("kind", ["whole numbers", "truths"])
+def test_whole_numbers_and_truths_must_be_equal_not_near(tmp_path, change_graph, failed_checks, kind):
+    import onnx
+
+    class Places(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.tensor([0.5]))
+
+        def forward(self, numbers):
+            return (numbers + self.shift).long() if kind == "whole numbers" else numbers + self.shift > 0
+
+    inputs = torch.tensor([[100000.0, -1.0], [7.0, -3.0]])  # so large that one more is within a tolerance
+    record = export_module(Places(), inputs, tmp_path / "onnx")
+    assert record["checks"]["output_batch"]["found"].startswith("0 of ")
+
+    def shift_by_one(graph):
+        [tensor] = [each for each in graph.initializer if onnx.numpy_helper.to_array(each).tolist() in (0.5, [0.5])]
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([1.5], np.float32), tensor.name))
+
+    change_graph(tmp_path / "onnx", shift_by_one)
+    assert failed_checks(tmp_path / "onnx", Module) == ["output_one_by_one", "output_batch"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

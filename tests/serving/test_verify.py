@@ -16,7 +16,9 @@ from serving.session import Session
 from serving.verify import verify
 from serving.verify_decoder import Reference
 
-CHECKS = ["text", "logits_one_by_one", "logits_padded_batch", "tokens_one_by_one", "tokens_in_a_crowd"]
+CHECKS = [
+    "text", "logits_one_by_one", "logits_padded_batch", "logits_far_on", "tokens_one_by_one", "tokens_in_a_crowd"
+]  # fmt: skip
 
 
 def weights(graph) -> dict:
@@ -156,7 +158,7 @@ def test_a_run_that_fails_is_a_failed_proof(onnx_copy, monkeypatch, failed_check
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(Forward, "chunk", broken)
-    assert failed_checks(onnx_copy) == ["tokens_one_by_one", "tokens_in_a_crowd"]
+    assert failed_checks(onnx_copy) == ["logits_far_on", "tokens_one_by_one", "tokens_in_a_crowd"]
 
 
 # --- near ties -------------------------------------------------------------------------------------------------------
@@ -204,3 +206,34 @@ def test_the_command_exits_1_when_the_proof_fails(onnx_copy, trivet, reseal):
     code, out, err = trivet("verify", onnx_copy)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "not equal to its source" in err
+
+
+def test_a_template_that_writes_the_date_is_proven_on_another_day_too(save_model, tmp_path, monkeypatch):
+    from datetime import datetime
+
+    from serving import chat_template
+    from serving.export import export_model
+
+    source = save_model(tmp_path / "model", "gpt2")
+    template = source / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} " + template.read_text())
+    export_model(source, tmp_path / "onnx")
+    assert verify(tmp_path / "onnx")["passed"]
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 5, 17, 12, 30, 1, 7)
+
+    monkeypatch.setattr(chat_template, "datetime", Tomorrow)
+    assert verify(tmp_path / "onnx")["passed"]
+
+
+def test_tokens_that_are_never_said_do_not_widen_what_is_accepted():
+    from serving.checks import spread
+
+    logits_NV = np.random.default_rng(0).normal(0, 3, (50, 5000))
+    assert abs(spread(logits_NV) - 3) < 0.1
+    logits_NV[:, :40] = -1e4
+    assert abs(spread(logits_NV) - 3) < 0.1
+    assert logits_NV.std() > 500
