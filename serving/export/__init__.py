@@ -137,22 +137,18 @@ def _proven(folder: Path, provider: str, options: Options, report: Callable[[str
     Where that is to be quantised, the graph in fp32 is proven first and quantised once that has passed; where it has
     not, the record is that of fp32.
     """
+    # A large model's proof has a process of its own, the second too: this one still holds what tracing took.
+    large = sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) >= LARGE_BYTES
+    proof = prove_apart if large else prove
     if options.quantization is None:
-        return _proof(folder, provider, report)
-    before = _proof(folder, provider, lambda stage: report(f"before quantisation: {stage}"))
+        return proof(folder, provider, progress=report)
+    before = proof(folder, provider, progress=lambda stage: report(f"before quantisation: {stage}"))
     if not before["passed"]:
         return before | {"reason": f"before quantisation, in fp32: {before['reason']}"}
     report(f"quantising the graph to {options.quantization}")
     quantize_written(folder, options.quantization)
-    record = _proof(folder, provider, report)
+    record = proof(folder, provider, progress=report)
     return record | {"checks": {EVIDENCE: evidence(before), **record["checks"]}}
-
-
-def _proof(folder: Path, provider: str, report: Callable[[str], None]) -> dict[str, Any]:
-    """Return the record of the proof, which for a large model has a process of its own."""
-    if sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) < LARGE_BYTES:
-        return prove(folder, provider, progress=report)
-    return prove_apart(folder, provider, progress=report)
 
 
 def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

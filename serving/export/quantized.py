@@ -5,6 +5,7 @@ an adapter that was never merged costs less perplexity than int4 may. So the exp
 as it would be published, and only then `quantize_written` puts the quantised form of that very file in its place.
 """
 
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def quantize_written(folder: Path, quantization: Quantization) -> None:
             path.unlink()
         for path in Path(beside).iterdir():
             path.rename(folder / path.name)
+    del graph
+    gc.collect()  # it refers to itself, and would keep the removed weights mapped, in memory and on the disk
     fields = {name: value for name, value in manifest.items() if name not in {*stamp(), "kind", "files"}}
     seal(folder, "onnx", **fields | {"quantization": quantization})
 
