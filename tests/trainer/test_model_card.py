@@ -11,9 +11,8 @@ from random import Random
 import pytest
 import torch
 
-from serving import directory
+from serving import directory, exportable
 from serving.directory import DirectoryError
-from serving.export.attention import ExportError
 from serving.export.source import open_source
 from trainer import model_dir
 from trainer.config import RunConfig
@@ -32,7 +31,6 @@ CASES = {
     "token_classification": {"type": "token_classification"},
     "adapter": {"type": "classification"},
 }
-EXPORTED = ("causal_lm", "sft", "classification")
 # A fresh process takes 10 s to import transformers: of cards that hardly differ one is asked each time.
 ASKED_EACH_TIME = ("causal_lm", "pairs", "token_classification")
 ASKED = [case if case in ASKED_EACH_TIME else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
@@ -141,18 +139,17 @@ def test_what_it_prints_is_what_the_model_gives_for_the_tokens_of_training(train
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_where_an_export_is_refused_the_card_is_named(trained, case):
-    """By `trivet export`, and where a run or its model is given for an ONNX directory (`trivet predict`)."""
+def test_where_an_onnx_directory_is_wanted_every_model_is_one_to_export(trained, case):
     folder = trained(case)
-    card = f"the Python in {folder / 'model' / 'README.md'} asks this one"
     for given in (folder, folder / "model"):
         with pytest.raises(DirectoryError) as wanted:
             directory.read_manifest(given, "onnx")
-        assert str(wanted.value).endswith("; make one with: trivet export" if case in EXPORTED else card)
-    if case in EXPORTED:
-        assert open_source(folder).folder == folder / "model"
-    else:
-        with pytest.raises(ExportError, match=r"accepted|lora") as refused:
-            open_source(folder)
-        assert str(refused.value).endswith(card)
-        assert "\n" not in str(refused.value)
+        assert str(wanted.value).endswith("; make one with: trivet export")
+    assert open_source(folder, model_dir.load).folder == folder / "model"
+
+
+def test_where_an_export_is_refused_the_card_is_named(trained):
+    folder = trained("masked_lm") / "model"
+    refused = exportable.refusal(folder, {"objective": "of a later Trivet"})
+    assert refused is not None
+    assert refused.endswith(f"; the Python in {folder / 'README.md'} asks this one")
