@@ -1,5 +1,6 @@
 """Export: a trained model directory becomes an ONNX directory that is proven equal to it, or nothing at all."""
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from serving.directory import identity, seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
-from serving.export.half import check_weights, convert, watched
+from serving.export.half import check_weights, hollow, watched
 from serving.export.halved import halve_written
 from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
@@ -73,6 +74,7 @@ def export_model(
     with staged(onnx_dir) as folder:
         _write(model, tokenizer, opened, options, held_out, folder, report)
         del model  # the proof takes as much memory again
+        gc.collect()  # the graph that was written refers to itself, and to the weights
         record = _proven(folder, provider, opened, options, report)
         append_verification(folder, record)
         _require_passed(source, record)
@@ -116,10 +118,14 @@ def _write(
 def _write_graph(
     model: PreTrainedModel, opened: Source, options: Options, dtype: Dtype, path: Path
 ) -> tuple[list[str], list[str]]:
-    """Write the graph that `options` ask for, in `dtype`; return the names of its inputs and outputs."""
+    """Write the graph that `options` ask for; return the names of its inputs and outputs.
+
+    In half precision only its nodes: its weights are those of the graph in fp32.
+    """
     if opened.is_lora:
         lora_folder.merge(model, opened.folder, opened.body)
-    convert(model, dtype)
+    if dtype != "fp32":
+        hollow(model, dtype)
     return EXPORTERS[opened.task].write_graph(model, opened, options, path)
 
 

@@ -1,42 +1,48 @@
-"""Whether a graph in half precision is the one that was proven in fp32: the same nodes in the same order, its weights
-rounded and nothing else.
+"""Whether two graphs are the same but for number formats: the same nodes in the same order, which read the same.
 
-What half precision itself costs is far more than fp32 may be off, and would hide a wrong weight or scale. Casts only
-say which format a number is in, and are passed over.
+Casts only say which format a number is in, and are passed over.
 """
 
 from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from serving.checks import Check
 
-_BLOCK_BYTES = 16 << 20  # of a weight, looked at in one go
+Constants = dict[ir.Value, ir.Value]
 
 
-def check_same_graph(half: Path, whole: Path, format: torch.dtype) -> Check:
-    """Compare two graphs on disk, of which the first is `whole` in that half precision format."""
-    found = _Comparison(ir.load(half).graph, ir.load(whole).graph, torch.finfo(format))
+def compare(half: ir.Graph, whole: ir.Graph) -> tuple[Check, Constants]:
+    """Return whether the nodes are the same, and which constant of the second each of the first stands for."""
+    found = _Comparison(half, whole)
     first = next(found.differences(), None)
-    says = f"{found.num_nodes} nodes and {found.num_constants} constants are those of the graph in fp32, rounded"
-    return {"passed": first is None, "found": first or says, "nodes": found.num_nodes, "constants": found.num_constants}
+    constants = found.constants
+    says = f"{found.num_nodes} nodes are those of the graph in fp32, {len(constants)} constants are its own, rounded"
+    return {"passed": first is None, "found": first or says, "nodes": found.num_nodes}, constants
+
+
+def rounded(values: np.ndarray, format: ir.DataType) -> np.ndarray:
+    """Return numbers in another format; what is finite stays so: the lowest number, of a mask, becomes the lowest."""
+    if not format.is_floating_point() or values.dtype == format.numpy():
+        return values
+    limits = ir.DataType.from_numpy(values.dtype), format
+    if limits[1].bitwidth >= limits[0].bitwidth:
+        return values.astype(format.numpy())
+    largest = np.array(_LARGEST[format], values.dtype)
+    return np.where(np.isinf(values), values, np.clip(values, -largest, largest)).astype(format.numpy())
+
+
+_LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
 
 
 class _Comparison:
-    def __init__(self, half: ir.Graph, whole: ir.Graph, format: torch.finfo) -> None:
-        self._half, self._whole, self._format = half, whole, format
+    def __init__(self, half: ir.Graph, whole: ir.Graph) -> None:
+        self._half, self._whole = half, whole
         self._same = {one: other for one in half.inputs for other in whole.inputs if one.name == other.name}
-        self._alike: dict[tuple[ir.Value, ir.Value], bool] = {}  # of constants
+        self.constants: Constants = {}
         self.num_nodes = 0
-
-    @property
-    def num_constants(self) -> int:
-        """How many pairs of constants were compared."""
-        return len(self._alike)
 
     def differences(self) -> Iterator[str]:
         """Yield what is not the same, in the order of the graph; after the first, the others may follow from it."""
@@ -47,7 +53,7 @@ class _Comparison:
                 return
             self.num_nodes += 1
             for name, attribute in one.attributes.items():
-                if not self._same_attribute(attribute, other.attributes[name]):
+                if not _same_attribute(attribute, other.attributes[name]):
                     yield f"{one.op_type} {one.name} has another {name} than in fp32"
             for index, (mine, its) in enumerate(zip_longest(one.inputs, other.inputs)):
                 if not self._same_value(_uncast(mine), _uncast(its)):
@@ -56,44 +62,30 @@ class _Comparison:
             self._same |= zip(one.outputs, other.outputs, strict=True)
         for mine, its in zip_longest(self._half.outputs, self._whole.outputs):
             if not self._same_value(_uncast(mine), _uncast(its)):
-                yield f"the output {mine.name if mine is not None else its.name} is another than in fp32"
-
-    def _same_attribute(self, one: ir.Attr, other: ir.Attr) -> bool:
-        if one.type == ir.AttributeType.TENSOR == other.type:
-            return self._same_numbers(one.as_tensor(), other.as_tensor())
-        return one.type == other.type and one.value == other.value
+                yield f"the output {(mine or its).name} is another than in fp32"
 
     def _same_value(self, one: ir.Value | None, other: ir.Value | None) -> bool:
         if one is None or other is None:
             return one is other
         if one.const_value is None or other.const_value is None:
             return self._same.get(one) is other
-        if (one, other) not in self._alike:
-            self._alike[one, other] = self._same_numbers(one.const_value, other.const_value)
-        return self._alike[one, other]
+        known = self.constants.setdefault(one, other)
+        return list(one.const_value.shape) == list(other.const_value.shape) and (
+            known is other or _equal(one.const_value.dtype, known.const_value, other.const_value)
+        )
 
-    def _same_numbers(self, one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
-        if list(one.shape) != list(other.shape) or one.dtype.is_floating_point() != other.dtype.is_floating_point():
-            return False
-        mine, its = one.numpy(), other.numpy()
-        if not other.dtype.is_floating_point():
-            return np.array_equal(mine, its)
-        rows = max(1, _BLOCK_BYTES // max(1, other.nbytes // max(1, len(its)))) if its.ndim else 1
-        blocks = [slice(start, start + rows) for start in range(0, len(its), rows)] if its.ndim else [...]
-        same = all(self._is_rounded(mine[block], its[block]) for block in blocks)
-        del mine, its
-        for tensor in (one, other):
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()  # or the whole file would be in memory in the end
-        return same
 
-    def _is_rounded(self, mine: np.ndarray, its: np.ndarray) -> bool:
-        """Whether the first is the second in the format, give or take one more rounding: of a sum with a constant."""
-        its = its.astype(np.float32, copy=False)
-        within = np.clip(its, self._format.min, self._format.max)  # of another lowest, where masked
-        size = np.maximum(np.abs(within), np.sqrt(np.mean(np.square(within, dtype=np.float64))))
-        accepted = self._format.eps * size + self._format.smallest_normal * self._format.eps
-        return bool((np.abs(mine.astype(np.float32) - within) <= accepted).all())
+def _same_attribute(one: ir.Attr, other: ir.Attr) -> bool:
+    if one.type == ir.AttributeType.TENSOR == other.type:
+        return _equal(one.as_tensor().dtype, one.as_tensor(), other.as_tensor())
+    return one.type == other.type and one.value == other.value
+
+
+def _equal(format: ir.DataType, one: ir.TensorProtocol | None, other: ir.TensorProtocol | None) -> bool:
+    """Whether two constants are equal once they are in that format."""
+    assert one is not None
+    assert other is not None
+    return np.array_equal(rounded(one.numpy(), format), rounded(other.numpy(), format))
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
