@@ -19,7 +19,7 @@ _HEADS = {
 
 
 def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> PreTrainedModel:
-    """Return the model of a folder in fp32 with its own plain attention.
+    """Return the model of a folder in fp32 with its own plain attention and experts.
 
     Raises ExportError when the weights cannot be read, are not all there (transformers would make up the rest), or more
     of them are there than the config asks for (transformers would drop them). Those whose names begin with `unused` may
@@ -31,6 +31,7 @@ def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> P
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
