@@ -82,12 +82,12 @@ def _check_folder(onnx_dir: Path, model: Path, names: list[str]) -> None:
 def exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
     """Export the model to `folder`, whose name is the format's; return its quality, or why it was refused."""
     from serving.export import export_model
-    from trainer.model_dir import load
+    from trainer.strategies.adapter_files import load as attach
 
     started, line = time.perf_counter(), Line(folder.name)
     print(f"export: {folder.name}", file=sys.stderr, flush=True)
     try:
-        record = export_model(model, folder, options, held_out=held_out, load=load)
+        record = export_model(model, folder, options, held_out=held_out, attach=attach)
     except VerificationFailed as error:
         record = error.record or {"checks": {}}
         failed = {name: check for name, check in record["checks"].items() if not check["passed"]}

@@ -28,7 +28,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
     """
     from launch.held_out import held_out_rows, refuse_data
     from serving.export import Options, export_model
-    from trainer.model_dir import load
+    from trainer.strategies.adapter_files import load as attach
 
     options = Options(**asked)
     if options.quantization is None:
@@ -40,7 +40,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
         with console.status("export") as status:
             show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
             tell = lambda stage: show(f"export: {stage}")  # noqa: E731
-            record = export_model(model, onnx_dir, options, held_out=held_out, load=load, progress=tell)
+            record = export_model(model, onnx_dir, options, held_out=held_out, attach=attach, progress=tell)
     except VerificationFailed as error:
         return _failed(error)
     finally:

@@ -15,6 +15,7 @@ from serving.directory import identity, seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
+from serving.export.experts import check_experts
 from serving.export.half import check_weights, hollow, watched
 from serving.export.halved import halve_written
 from serving.export.heads import HEADS
@@ -24,7 +25,7 @@ from serving.export.options import Dtype, Options
 from serving.export.plain_module import export_module
 from serving.export.providers import provider_of_proof
 from serving.export.quantized import quantize_written
-from serving.export.source import Loader, Source, find_model, open_source
+from serving.export.source import Attach, Source, find_model, open_source
 from serving.export.target import check_target, versions
 from serving.export.trace import quiet
 from serving.export.weights import check_vocabulary
@@ -48,7 +49,7 @@ def export_model(
     options: Options | None = None,
     *,
     held_out: HeldOutRows | None = None,
-    load: Loader | None = None,
+    attach: Attach | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
@@ -57,8 +58,8 @@ def export_model(
     or not at all. What is quantised, or in half precision, is the graph in fp32 after its own proof, which the record
     keeps; what quantisation costs is then measured on `held_out` rows. Where an export is for a GPU and nothing here
     runs its number format, that proof is all there is and the record's `provider` is None: the engine refuses the
-    folder until it is verified where it is to be served. `load` returns the model of a directory that transformers
-    cannot load: a base and a bottleneck adapter. `progress` is called with a word or two at the start of each stage.
+    folder until it is verified where it is to be served. `attach` puts a bottleneck adapter (a folder) into the model
+    of its base. `progress` is called with a word or two at the start of each stage.
     Raises ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
     VerificationFailed with the evidence when the graph does not answer as the source does.
     """
@@ -70,7 +71,7 @@ def export_model(
     check_target(onnx_dir, find_model(Path(source)).resolve())
     provider = provider_of_proof(options)
     report("reading the model")
-    opened, tokenizer, model = _read(Path(source), options, load)
+    opened, tokenizer, model = _read(Path(source), options, attach)
     with staged(onnx_dir) as folder:
         _write(model, tokenizer, opened, options, held_out, folder, report)
         del model  # the proof takes as much memory again
@@ -81,11 +82,14 @@ def export_model(
     return record
 
 
-def _read(path: Path, options: Options, load: Loader | None) -> tuple[Source, PreTrainedTokenizerBase, PreTrainedModel]:
+def _read(
+    path: Path, options: Options, attach: Attach | None
+) -> tuple[Source, PreTrainedTokenizerBase, PreTrainedModel]:
     with quiet():
-        opened = _with_loras(open_source(path, load), options)
+        opened = _with_loras(open_source(path, attach), options)
         tokenizer, model = opened.load_tokenizer(), opened.load()
         check_vocabulary(model, tokenizer, opened.folder)
+        check_experts(opened.folder, model)
         check_weights(model, options.dtype)
     return opened, tokenizer, model
 

@@ -2,7 +2,7 @@
 
 It is registered in transformers' attention interface, so that a decoder that uses the interface exports by its own
 code. No mask function is registered under the name: transformers then builds no mask, and the operator masks by each
-row's length. Shape letters: B batch, T new tokens, H heads, K KV heads, D head size.
+row's length. Shape letters: B batch, T new tokens, H heads, K KV heads, D size of queries and keys, V of values.
 """
 
 import math
@@ -27,11 +27,16 @@ class ExportError(BadInput):
 
 @dataclass(frozen=True)
 class KvShape:
-    """What one layer writes to the cache, and how far back it looks (None: all the way)."""
+    """What one layer writes to the cache, and how far back it looks (None: all the way).
+
+    `head_dim` is the larger of its keys' and its values' size. `cached`: what its own code would write to a cache of
+    transformers: heads and their size, of keys and of values; None where it shares another layer's.
+    """
 
     num_kv_heads: int
     head_dim: int
     sliding_window: int | None
+    cached: tuple[tuple[int, int], tuple[int, int]] | None = None
 
 
 class InPlaceAttention:
@@ -72,19 +77,23 @@ class InPlaceAttention:
         softcap: float | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Return [B, T, H, D], as transformers expects of query [B, H, T, D] and key, value [B, K, T, D]."""
+        """Return [B, T, H, V], as transformers expects of query [B, H, T, D], key [B, K, T, D], value [B, K, T, V]."""
         _refuse_unknown(module, attention_mask, dropout, others)
-        batch, num_heads, num_tokens, head_dim = query.shape
+        batch, num_heads, num_tokens, key_dim = query.shape
         layer = module.layer_idx
+        if layer in (self.present if self.past else self.shapes):
+            raise ExportError(f"{type(module).__name__}: attends more than once in layer {layer}; accepted: once")
+        value_dim = value.shape[-1]
+        head_dim = max(key_dim, value_dim)
         self.shapes[layer] = KvShape(key.shape[1], head_dim, sliding_window)
-        if value.shape[-1] != head_dim:
-            raise ExportError(f"layer {layer}: values of size {value.shape[-1]} beside keys of {head_dim}: not handled")
         if not self.past:
-            return query.transpose(1, 2), None
+            return query.new_empty(batch, num_tokens, num_heads, value_dim), None
+        # Zeros add nothing to the product of query and key; of a value they are cut off again.
+        query, key, value = (_widened(each, head_dim) for each in (query, key, value))
         attributes = {
             "num_heads": num_heads,
             "kv_num_heads": key.shape[1],
-            "scale": float(scaling if scaling is not None else 1 / math.sqrt(head_dim)),
+            "scale": float(scaling if scaling is not None else 1 / math.sqrt(key_dim)),
         }
         if sliding_window is not None:
             attributes["local_window_size"] = int(sliding_window)
@@ -101,7 +110,13 @@ class InPlaceAttention:
             version=1,
         )
         self.present[layer] = tuple(present)
-        return output.reshape(batch, num_tokens, num_heads, head_dim), None
+        return output.reshape(batch, num_tokens, num_heads, head_dim)[..., :value_dim], None
+
+
+def _widened(heads: torch.Tensor, size: int) -> torch.Tensor:
+    """Return heads [..., D] with zeros behind them up to `size`."""
+    missing = size - heads.shape[-1]
+    return torch.nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
 def _refuse_unknown(

@@ -46,6 +46,11 @@ def _is_rotated_in_pieces(node: ir.Node) -> bool:
     return node.op_type == "Neg" and only_user(node.outputs[0], "Concat") is not None
 
 
+def _is_silu_in_pieces(node: ir.Node) -> bool:
+    product = only_user(node.outputs[0], "Mul") if node.op_type == "Sigmoid" else None
+    return product is not None and node.inputs[0] in product.inputs
+
+
 def _is_norm_in_pieces(node: ir.Node) -> bool:
     return node.op_type == "ReduceMean" and made_by(node.inputs[0], "Pow") is not None
 
@@ -56,7 +61,9 @@ def _is_sum_before_norm(node: ir.Node) -> bool:
 
 
 _IN_PIECES: dict[str, Callable[[ir.Node], bool]] = {
-    "attention of single nodes (softmax)": lambda node: node.op_type == "Softmax",
+    "attention of single nodes (softmax)": lambda node: (
+        node.op_type == "Softmax" and only_user(node.outputs[0], "MatMul") is not None
+    ),
     "queries, keys and values that come to attention one by one": _is_unpacked,
     "rotary embedding of single nodes": _is_rotated_in_pieces,
     "rotary embedding beside attention": lambda node: node.op_type == "RotaryEmbedding",
@@ -65,6 +72,7 @@ _IN_PIECES: dict[str, Callable[[ir.Node], bool]] = {
     "gelu of single nodes": lambda node: (
         node.op_type in ("Tanh", "Erf") and only_user(node.outputs[0], "Add") is not None
     ),
-    "silu of single nodes": lambda node: node.op_type == "Sigmoid" and only_user(node.outputs[0], "Mul") is not None,
+    "silu of single nodes": _is_silu_in_pieces,
+    "choice of experts of single nodes": lambda node: node.op_type == "TopK",
     "linear layer that is no plain product (Gemm)": lambda node: node.op_type == "Gemm",
 }

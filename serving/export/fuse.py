@@ -5,6 +5,7 @@ from onnx_ir.passes.common import TopologicalSortPass
 
 from serving.export.fuse_activations import biased_gelus, silus, tanh_gelus
 from serving.export.fuse_attention import packed_attention, rotaries
+from serving.export.fuse_heads import part_heads
 from serving.export.fuse_linear import gather_last, pack_alike, plain_matmuls, straighten
 from serving.export.fuse_norms import residual_norms, rms_norms
 from serving.export.patterns import sweep
@@ -16,7 +17,7 @@ def fuse(model: ir.Model, context_length: int, *, target: str) -> None:
     What attention reads is one product anyhow. Gate and up are one on `target` cuda alone: on a CPU, parting them again
     was seen to cost 6 % of decoding at batch 1 and to save nothing at 8.
     """
-    for tidy in (plain_matmuls, straighten, gather_last, rms_norms, tanh_gelus, silus):
+    for tidy in (plain_matmuls, part_heads, straighten, gather_last, rms_norms, tanh_gelus, silus):
         tidy(model)
     sweep(model)
     rotaries(model, context_length)

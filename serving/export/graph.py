@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from serving.export.attention import InPlaceAttention
 from serving.export.cache import PassThroughCache
+from serving.export.experts import interleave, use_operator
 from serving.export.fuse import fuse
 from serving.export.loras import Selection, put_into, stacks_as_inputs
 from serving.export.options import Options
@@ -75,6 +76,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     attention = InPlaceAttention()
     model.set_attn_implementation(attention.register())
+    use_operator(model)
     step = Step(model, attention)
     if source.loras:
         put_into(model, source.loras, step.selection)
@@ -82,6 +84,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     attention.forget()
     if options.optimize_for == "cuda" and options.dtype == "fp32":
         standard_attention(graph)
+    interleave(graph)
     fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
     if source.loras:
         stacks_as_inputs(graph, path.parent)

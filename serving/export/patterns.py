@@ -118,7 +118,7 @@ class ByRows(ir.LazyTensor):
         num_rows = self.shape.numpy()[0]
         step = max(1, num_rows * _WRITTEN_BYTES // max(1, self.nbytes))
         for start in range(0, num_rows, step):
-            file.write(self.rows(slice(start, start + step)).data)
+            file.write(self.rows(slice(start, start + step)).view(np.uint8).data)  # bfloat16 has no buffer
 
     def rows(self, rows: slice) -> np.ndarray:
         """Return some rows."""

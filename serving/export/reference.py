@@ -104,9 +104,11 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
     kv = source.layers[0]
     longest = FAR_CACHE_BYTES // (len(source.layers) * 2 * kv.num_kv_heads * kv.head_dim * 4)
     start = min(source.config.max_position_embeddings, longest) - len(ids)
-    past, zeros = DynamicCache(), torch.zeros(1, kv.num_kv_heads, start, kv.head_dim)
-    for layer in range(len(source.layers)):
-        past.update(zeros, zeros, layer)
+    past = DynamicCache()
+    for layer, shape in enumerate(source.layers):
+        if shape.cached is not None:
+            keys, values = (torch.zeros(1, num_heads, start, size) for num_heads, size in shape.cached)
+            past.update(keys, values, layer)
     positions = torch.arange(start, start + len(ids))[None]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits

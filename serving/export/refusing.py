@@ -18,10 +18,11 @@ def refusing(found: str, fix: str) -> Iterator[None]:
     except (BadInput, MemoryError):
         raise
     except Exception as error:
-        raise ExportError(f"{found} ({_reason(error)}); {fix}") from error
+        raise ExportError(f"{found} ({reason(error)}); {fix}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what an error says in one line, with its type where that says more."""
     lines = [each.strip() for each in str(error).splitlines() if each.strip()] or [""]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}"

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
+from serving.export.experts import interleave, use_operator
 from serving.export.fuse import fuse
 from serving.export.heads import HEADS, Inputs
 from serving.export.options import Options
@@ -85,7 +86,9 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     """
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # a text is read once
+    use_operator(model)
     graph = _traced(Rows(model, source.task, source.pooling), source, options)
+    interleave(graph)
     fuse(graph, source.config.max_position_embeddings, target=options.optimize_for)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return [each.name or "" for each in graph.graph.inputs], [each.name or "" for each in graph.graph.outputs]

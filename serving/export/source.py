@@ -19,7 +19,7 @@ from serving.export.heads import AUTO_CLASSES, accepted_classes
 from serving.export.pooling import Pooling, read_pooling
 from serving.export.probe import probe, refusal
 from serving.export.refusing import refusing
-from serving.export.weights import check_numbers, read_model
+from serving.export.weights import check_numbers, names_in, read_model
 from serving.manifest import NUMBER, SEVERAL, SINGLE
 
 MIN_CONTEXT_LENGTH = {"causal_lm": 64}  # of the others 8: a word between its special tokens
@@ -29,7 +29,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 FEWEST_LABELS = {SINGLE: 2, SEVERAL: 1, NUMBER: 1}
 
-Loader = Callable[[Path], PreTrainedModel]
+Attach = Callable[[PreTrainedModel, Path], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Source:
     """A model directory that can be exported.
 
     `body`: where its config.json and most of its weights lie: elsewhere than in `folder` where that is an adapter, or
-    holds one beside its base. `loader` puts those two together, for a bottleneck adapter.
+    holds one beside its base. `attach` puts a bottleneck adapter, and the head beside it, into the model of its base.
     `layers`: what each layer of a decoder for text caches; the other tasks cache nothing. `trained_length`: the longest
     row that a Trivet run trained on, None where that is not known. `text_pair`: whether it judges pairs of texts:
     always or never, as a Trivet run was trained; either, where nothing is known. `pooling`: of an embedding model.
@@ -54,7 +54,7 @@ class Source:
     text_pair: str
     pooling: Pooling | None
     provenance: dict[str, Any]
-    loader: Loader | None = None
+    attach: Attach | None = None
     loras: tuple[Adapter, ...] = ()
 
     @property
@@ -77,11 +77,11 @@ class Source:
 
         Raises ExportError when the weights cannot be read or are not all there: transformers would make up the rest.
         """
-        if self.loader is not None:
-            model = self.loader(self.folder)
-            model.set_attn_implementation("eager")
-        else:
-            model = read_model(AUTO_CLASSES[self.task], self.body, unused="pooler." if self.pooling else None)
+        adapter = self.folder / "adapter"
+        may_lack = ("pooler.",) if self.pooling else ()
+        model = read_model(AUTO_CLASSES[self.task], self.body, may_lack=names_in(adapter) if self.attach else may_lack)
+        if self.attach is not None:
+            self.attach(model, adapter)
         if self.is_lora:
             lora_folder.apply(model, self.folder, self.body)
         check_numbers(self.folder, model)
@@ -101,10 +101,10 @@ class Source:
         return tokenizer
 
 
-def open_source(path: Path, load: Loader | None = None) -> Source:
+def open_source(path: Path, attach: Attach | None = None) -> Source:
     """Return the model behind `path`: a model directory (Trivet's or plain Hugging Face), a run, or a sweep's winner.
 
-    `load` returns the model of a directory of Trivet that transformers cannot load: a base and a bottleneck adapter.
+    `attach` puts a bottleneck adapter into the model of its base, for a directory that holds both.
     Raises BadInput for a folder that is none of them, is altered, or holds a model that cannot be exported.
     """
     folder = find_model(Path(path))
@@ -115,7 +115,7 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
         if why := exportable.refusal(folder, manifest):
             raise ExportError(f"{folder}: {why}")
     is_unmerged = manifest is not None and manifest.get("strategy") == "adapter"
-    if is_unmerged and load is None:
+    if is_unmerged and attach is None:
         raise ExportError(
             f"{folder}: a base and a bottleneck adapter, which only `trivet export` puts together; use it"
         )
@@ -138,9 +138,9 @@ def open_source(path: Path, load: Loader | None = None) -> Source:
     provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
     trained_length = pooling.max_length if pooling else facts.get("max_length")
     text_pair = _text_pair(task, manifest)
-    loader = load if is_unmerged else None
+    attach = attach if is_unmerged else None
     return Source(
-        folder, body, task, config, architecture, layers, trained_length, text_pair, pooling, provenance, loader
+        folder, body, task, config, architecture, layers, trained_length, text_pair, pooling, provenance, attach
     )
 
 

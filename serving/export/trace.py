@@ -39,7 +39,8 @@ def graph_of(
     layers = find_layers(module, num_layers, asks)
     model = None
     if layers is not None:
-        with suppress(CannotRepeat), one_of_each_kind(module, layers):
+        # Some models have settings for each layer elsewhere than in it, which the few that are traced do not fit.
+        with suppress(CannotRepeat, ExportError), one_of_each_kind(module, layers):
             model = repeat(trace(module, example(layers.traced)), layers)
     if model is None:
         model = trace(module, example(range(num_layers)))

@@ -1,10 +1,11 @@
 """Weights read whole, as they were saved, and refused where something is missing, left over or no number."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.export.attention import ExportError
@@ -18,12 +19,12 @@ _HEADS = {
 }
 
 
-def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> PreTrainedModel:
-    """Return the model of a folder in fp32 with its own plain attention.
+def read_model(auto_class: Any, folder: Path, *, may_lack: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Return the model of a folder in fp32 with its own plain attention and experts.
 
     Raises ExportError when the weights cannot be read, are not all there (transformers would make up the rest), or more
-    of them are there than the config asks for (transformers would drop them). Those whose names begin with `unused` may
-    be missing.
+    of them are there than the config asks for (transformers would drop them). Those whose names begin with one of
+    `may_lack` may be missing.
     """
     with refusing(f"{folder}/config.json: transformers cannot make a model of it", "mend it, or save the model again"):
         try:
@@ -31,6 +32,7 @@ def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> P
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -41,7 +43,7 @@ def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> P
             reason = str(error).splitlines()[0]
             raise ExportError(f"{folder}: its weights cannot be read ({reason}); save the model again") from None
     wrong = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    wrong = {name for name in wrong if unused is None or not name.startswith(unused)}
+    wrong = {name for name in wrong if not name.startswith(may_lack)}
     if wrong:
         named = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ExportError(f"{folder}: its weights lack {named}, or hold another shape of it; save the model again")
@@ -50,6 +52,15 @@ def read_model(auto_class: Any, folder: Path, *, unused: str | None = None) -> P
         folder, model, sorted(name for name in loaded["unexpected_keys"] if not _of_other_task(name, model))
     )
     return model
+
+
+def names_in(adapter: Path) -> tuple[str, ...]:
+    """Return the names, in the model, of the weights that lie in an adapter's folder; of what is none, nothing."""
+    names: list[str] = []
+    for path in adapter.glob("*.safetensors"):
+        with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
+            names += file.keys()
+    return tuple(name.removeprefix("base_model.model.") for name in names)
 
 
 def _of_other_task(name: str, model: PreTrainedModel) -> bool:

@@ -14,8 +14,9 @@ from serving.request import Request, Sampling
 from serving.tasks import open_task
 from trainer import model_dir
 from trainer.config import Adapter
-from trainer.strategies import adapter
+from trainer.strategies import adapter, adapter_files
 
+SEALED = {"format_version", "kind", "files"}  # what `seal` adds by itself
 TEXTS = ["the quick brown fox", "the list of the lines in the file"]
 
 
@@ -57,7 +58,7 @@ def test_a_bottleneck_adapter_over_a_model_of_texts_stays_in_the_graph(save_text
 
     auto, objective = TASKS[asked]
     model = save_beside_base(save_text_model(tmp_path / "base", kind, asked), tmp_path / "model", auto, objective)
-    assert export_model(tmp_path / "model", tmp_path / "onnx", load=model_dir.load)["passed"]
+    assert export_model(tmp_path / "model", tmp_path / "onnx", attach=adapter_files.load)["passed"]
     names = {
         each.name for each in onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.initializer
     }
@@ -100,7 +101,35 @@ def test_a_bottleneck_adapter_whose_base_changed_since_is_refused(save_text_mode
     weights = tmp_path / "model" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(DirectoryError, match=r"base/model\.safetensors: altered since it was written"):
-        export_model(tmp_path / "model", tmp_path / "onnx", load=model_dir.load)
+        export_model(tmp_path / "model", tmp_path / "onnx", attach=adapter_files.load)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors | {"bert.encoder.layer.0.output.lora_A": torch.ones(4)},
+            "its weights hold bert.encoder.layer.0.output.lora_A, which BertForSequenceClassification does not read",
+        ),
+        (
+            lambda tensors: {name: value for name, value in tensors.items() if name != "bert.pooler.dense.weight"},
+            "its weights lack bert.pooler.dense.weight",
+        ),
+    ],
+)
+def test_the_base_of_an_adapter_holds_what_its_class_reads_no_more_and_no_less(
+    save_text_model, tmp_path, change, message
+):
+    from safetensors.torch import load_file, save_file
+
+    save_beside_base(save_text_model(tmp_path / "base", "bert", "label"), tmp_path / "model", *TASKS["label"])
+    weights = tmp_path / "model" / "base" / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+    manifest = read_manifest(tmp_path / "model", "model")
+    seal(tmp_path / "model", "model", **{name: manifest[name] for name in manifest.keys() - SEALED})
+    with pytest.raises(ExportError, match=message):
+        export_model(tmp_path / "model", tmp_path / "onnx", attach=adapter_files.load)
     assert not (tmp_path / "onnx").exists()
 
 

@@ -25,6 +25,10 @@ SIZES = {
 PHI = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}  # half of each head of 64 is rotated
 SLIDING = {"sliding_window": 16}  # shorter than the prompts of the proof
 GPT2 = {"vocab_size": 320, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LATENT |= {"num_key_value_heads": 4}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 
 # Config class, settings beside SIZES, and the kinds of layers: how many layers are traced.
 DECODERS = {
@@ -38,7 +42,22 @@ DECODERS = {
     "gemma2": ("Gemma2Config", {"head_dim": 16, **SLIDING}, 2),
     "phi": ("PhiConfig", PHI, 1),
     "smollm3": ("SmolLM3Config", {}, 2),  # every fourth layer has no rotation
+    # Neighbours are rotated as pairs, not halves of a head.
+    "cohere": ("CohereConfig", {}, 1),
+    "glm": ("GlmConfig", {"head_dim": 32}, 1),
+    "ernie4_5": ("Ernie4_5Config", {}, 1),
+    # Keys are larger than values, and other things are cached.
+    "youtu": ("YoutuConfig", LATENT, 1),
+    # Mixtures of experts.
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}, 1),
+    "qwen2_moe": ("Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 48}, 1),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"head_dim": 32}, 1),
+    "olmoe": ("OlmoeConfig", EXPERTS, 1),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4}, 1),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | EXPERTS | DEEPSEEK, 2),  # the first layer is no mixture
 }
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3")
+SELDOM = ("ernie4_5", "qwen2_moe", "qwen3_moe", "phimoe", "deepseek_v3")  # exported by the slow tests alone
 
 
 def save_decoder(folder: Path, save, name: str, auto: str = "AutoModelForCausalLM") -> Path:
@@ -88,7 +107,9 @@ def exported(tmp_path_factory, save_with_tokenizer, traced):
     return of
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in DECODERS]
+)
 def test_a_decoder_is_exported_and_proven(exported, traced, name):
     record, _ = exported(name)
     assert record["passed"]
@@ -121,10 +142,24 @@ def test_a_gpt_2_layer_has_its_residuals_in_its_norms_and_its_bias_in_its_gelu(e
     assert not {"Gemm", "Tanh", "Pow", "LayerNormalization", "Reshape"} & nodes.keys()
 
 
-@pytest.mark.parametrize("name", ["phi", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["phi", "qwen3", "gemma2", "cohere", "glm"])
 def test_heads_that_are_rotated_in_part_or_normed_first_are_rotated_inside_attention(exported, name):
     _, nodes = exported(name)
     assert not {"Cos", "Sin", "Neg", "RotaryEmbedding"} & nodes.keys()
+
+
+def test_queries_keys_and_values_of_one_matrix_that_lie_by_heads_are_read_as_they_come(exported):
+    _, nodes = exported("gpt_neox")
+    assert (nodes["MatMul"], nodes["GroupQueryAttention"]) == (4 * 4 + 1, 4)
+    assert not {"Cos", "Split", "Slice", "Transpose", "Reshape", "Concat", "RotaryEmbedding"} & nodes.keys()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_a_mixture_has_one_operator_for_its_experts_and_never_a_copy_of_their_weights_for_each_token(exported, name):
+    _, nodes = exported(name)
+    assert nodes["MoE"] == 4
+    assert nodes["Gather"] == 2, "of embeddings and of the tokens that are kept"
+    assert not {"Loop", "If", "NonZero", "GatherND", "Where"} & nodes.keys()
 
 
 @pytest.mark.parametrize(
@@ -172,6 +207,8 @@ DECODER_TASKS = {
     "label": "AutoModelForSequenceClassification",
     "tags": "AutoModelForTokenClassification",
 }
+NO_HEAD = {(name, task) for name in ("cohere", "ernie4_5", "youtu", "olmoe") for task in ("label", "tags")}
+NO_HEAD |= {("opt", "tags"), ("phimoe", "tags")}
 ENCODERS = ("bert", "roberta", "distilbert", "electra")
 ENCODER_TASKS = ("label", "pair", "labels", "number", "tags", "masks", "vector")
 
@@ -202,7 +239,7 @@ def outcomes(model, tmp_path, record_property) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task"),
-    [(name, task) for name in DECODERS for task in DECODER_TASKS if (name, task) != ("opt", "tags")],  # no such head
+    [(name, task) for name in DECODERS for task in DECODER_TASKS if (name, task) not in NO_HEAD],
 )
 def test_a_decoder(name, task, tmp_path, save_with_tokenizer, record_property):
     model = save_decoder(tmp_path / "model", save_with_tokenizer, name, DECODER_TASKS[task])

@@ -205,14 +205,29 @@ def test_an_architecture_with_attention_of_its_own_is_refused(tmp_path, tiny_con
     refused(source, tmp_path, "BloomForCausalLM cannot be exported.*attention interface; accepted: decoders that do")
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
-def test_a_mixture_of_experts_is_refused_for_what_it_is(tmp_path, kind):
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("Mixtral", {"hidden_act": "gelu"}, "its experts have an activation that is not silu"),
+        ("AriaText", {"moe_num_experts": 4}, "its experts have transposed weights"),
+        ("JetMoe", {"kv_channels": 8}, "does not put its experts through transformers' experts interface"),
+        ("DiffLlama", {}, "DiffLlamaAttention: attends more than once in layer 0"),
+        ("DeepseekV2", LATENT | {"n_routed_experts": 4}, "computes with complex numbers"),
+        ("Olmo3", {"sliding_window": None}, "layer 0 is sliding_attention, but sliding_window is None"),
+        ("Xmod", {}, "a trial run without weights ended with Input language unknown"),
+    ],
+)
+def test_what_the_graph_cannot_do_is_refused_for_what_it_is(tmp_path, kind, settings, message):
     import transformers
 
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, intermediate_size=64)
-    source = bare_model(tmp_path / "source", config)
-    refused(source, tmp_path, f"{kind}ForCausalLM cannot be exported: it is a mixture of experts")
+    sizes |= {"num_key_value_heads": 4, "intermediate_size": 64, "max_position_embeddings": 256}
+    config = getattr(transformers, f"{kind}Config")(**sizes | settings)
+    class_name = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
+    refused(bare_model(tmp_path / "source", config, architectures=[class_name]), tmp_path, message)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
