@@ -88,9 +88,8 @@ def give_weights(model: ir.Model, module: torch.nn.Module) -> None:
     values = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     graph = model.graph
     for value in [value for value in graph.inputs if value.name in values]:
-        tensor = values[value.name].detach()
         graph.inputs.remove(value)
-        value.const_value = TorchTensor(tensor, name=value.name)
+        value.const_value = TorchTensor(values[value.name], name=value.name)
         graph.initializers[value.name] = value
 
 
