@@ -7,6 +7,7 @@
 # make lint | format | types | clean
 #
 # PYTHON=python3.12       another interpreter (3.11 or newer)
+# WORKERS=4               tests in so many processes at a time (2; each takes up to 2 GB; 0: in pytest's own)
 # PIP_EXTRA_INDEX_URL=URL      an index with the small CPU build of torch, where you reach one
 
 PYTHON ?= python3
@@ -23,6 +24,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 export DS_BUILD_OPS := 0
 # As the commands set it for themselves (launch/politeness.py): threads that wait sleep, so two jobs can share a machine.
 export OMP_WAIT_POLICY ?= PASSIVE
+
+# In two processes, which take file by file as they lie: those that start processes of their own, and last longest,
+# come first.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart models install test test-all gpu-check lint format types clean
 .DELETE_ON_ERROR:
@@ -48,10 +54,10 @@ $(INSTALLED): $(LOCK) pyproject.toml
 	@echo "Installed: try $(BIN)/trivet --help, or $(BIN)/trivet doctor"
 
 test: install lint types
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: install lint types
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 gpu-check: install
 	@$(BIN)/python benchmarks/gpu_check.py
