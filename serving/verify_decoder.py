@@ -7,9 +7,10 @@ B rows, T tokens, V vocabulary.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -20,12 +21,10 @@ from serving.checks import (
     Cases,
     Check,
     check_text,
-    graded,
-    graded_mean,
-    max_abs_diff,
     near_tie,
     spread,
 )
+from serving.differences import Differences
 from serving.directory import REFERENCE
 from serving.engine import Engine
 from serving.forward import Forward, whole_texts
@@ -45,7 +44,7 @@ class Reference:
 
     Of a long text only the last logits are there, so they are looked up from the end. `loras` names the adapter that
     was merged into the source for each text, None for none. `far`: tokens, the position of the first, behind a past of
-    zeros, and the logits after the last.
+    zeros, and the logits after the last. `margins_T`: how close each token came to other experts; None without any.
     """
 
     ids: list[list[int]]
@@ -54,6 +53,8 @@ class Reference:
     loras: list[str | None]
     cases: Cases
     far: tuple[list[int], int, np.ndarray] | None = None
+    margins_T: list[np.ndarray | None] = field(default_factory=list)
+    far_margins_T: np.ndarray | None = None
     dtype: str = "fp32"
 
     @classmethod
@@ -64,12 +65,13 @@ class Reference:
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
             cases = {name: json.loads(text) for name, text in file.metadata().items() if name != "held_out"}
-            far = None
+            margins = [_tensor(file, f"margins.{index}") for index in range(len(lengths))]
+            far, far_margins = None, _tensor(file, "far.margins")
             if "far.ids" in file.keys():  # noqa: SIM118 (it is no dict); of an older Trivet they are not there
                 ids_far, start, logits_V = (file.get_tensor(f"far.{name}") for name in ("ids", "start", "logits"))
                 far = ids_far.tolist(), int(start), logits_V
         loras = cases.pop("loras", [None] * len(ids))
-        return cls(ids, lengths, logits, loras, cases, far, dtype)
+        return cls(ids, lengths, logits, loras, cases, far, margins, far_margins, dtype)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -95,6 +97,10 @@ class Reference:
         """The largest root of the mean squared difference that is accepted."""
         return RMS_TOLERANCES[self.dtype] * self._spread
 
+    def differences(self) -> Differences:
+        """Return what judges differences from these logits."""
+        return Differences(self.tolerance, self._spread, self.dtype)
+
     @cached_property
     def _spread(self) -> float:
         return spread(np.concatenate(self.logits_TV))
@@ -119,20 +125,18 @@ def run_checks(folder: Path, manifest: Manifest, session: Session, report: Calla
 def check_logits(session: Session, manifest: Manifest, reference: Reference, *, batch: int) -> Check:
     """Compare the logits of whole texts with all that the reference has, `batch` texts to a run, padded right."""
     texts = [ids[:-1] for ids in reference.ids]
-    differences, squares = [], 0.0
+    differences = reference.differences()
     for start in range(0, len(texts), batch):
         logits_BTV = whole_texts(
             session, manifest, texts[start : start + batch], reference.loras[start : start + batch]
         )
         for index, logits_TV in enumerate(logits_BTV, start):
             expected_TV, end = reference.logits_TV[index], len(texts[index])
-            found_TV = logits_TV[end - len(expected_TV) : end]
-            differences.append(max_abs_diff(found_TV, expected_TV))
-            squares += float(np.square(found_TV - expected_TV, dtype=np.float64).sum())
+            for position, expected_V in enumerate(expected_TV, end - len(expected_TV)):
+                behind = differences.behind_tie(reference.margins_T[index], position + 1)
+                differences.add(logits_TV[position], expected_V, behind_tie=behind)
     positions = sum(map(len, reference.logits_TV))
-    check = graded(max(differences), reference.tolerance, rows=len(texts), positions=positions, batch=batch)
-    rms = (squares / sum(each.size for each in reference.logits_TV)) ** 0.5
-    return graded_mean(check, rms, reference.rms_tolerance)
+    return differences.check(reference.rms_tolerance, rows=len(texts), positions=positions, batch=batch)
 
 
 def check_far(
@@ -143,10 +147,12 @@ def check_far(
     request.num_computed = start
     try:
         forward = Forward(session, manifest, 1, len(request.prompt_ids))
-        difference = max_abs_diff(forward.chunk(Work(request, 0, len(ids)))[0], expected_V)
+        differences = reference.differences()
+        behind = differences.behind_tie(reference.far_margins_T, len(ids))
+        differences.add(forward.chunk(Work(request, 0, len(ids)))[0], expected_V, behind_tie=behind)
     except Exception as error:  # onnxruntime's own have no common class
         return {"passed": False, "found": f"position {start} cannot be run: {str(error).strip().partition(chr(10))[0]}"}
-    return graded(difference, reference.tolerance, positions=len(request.prompt_ids))
+    return differences.check(positions=len(request.prompt_ids))
 
 
 def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, crowd: bool) -> Check:
@@ -192,19 +198,19 @@ class _Comparison:
     def __init__(self, reference: Reference, requests: list[Request]) -> None:
         self._reference = reference
         self._index = {request: index for index, request in enumerate(requests)}
-        self._differences = [0.0]
+        self._differences = reference.differences()
 
     def observe(self, request: Request, logits_V: np.ndarray) -> None:
         """Compare the logits of the next token, if the tokens so far are the source's."""
         index = self._index[request]
         position = len(request.prompt_ids) + len(request.output_ids)
         if request.prompt_ids + request.output_ids == self._reference.ids[index][:position]:
-            self._differences.append(max_abs_diff(logits_V, self._reference.next_logits(index, position)))
+            expected_V, behind = self._reference.next_logits(index, position), self._behind_tie(index, position)
+            self._differences.add(logits_V, expected_V, behind_tie=behind)
 
     def check(self) -> Check:
         """Return the result after the engine has run."""
         errors, wrong, near_ties = [], [], 0
-        accepted = near_tie(self._reference.dtype, max(self._differences))
         for request, index in self._index.items():
             expected = self._reference.ids[index][len(request.prompt_ids) :]
             step = _first_difference(request.output_ids, expected)
@@ -212,13 +218,11 @@ class _Comparison:
                 errors.append(f"text {index}: {request.error}")
             elif step is None:
                 continue
-            elif self._margin(index, len(request.prompt_ids) + step) < accepted:
+            elif self._is_near_tie(index, len(request.prompt_ids) + step):
                 near_ties += 1
             else:
                 wrong.append(f"text {index} token {step} is {request.output_ids[step]}, not {expected[step]}")
-        check = graded(
-            max(self._differences),
-            self._reference.tolerance,
+        check = self._differences.check(
             rows=len(self._index),
             tokens=sum(len(request.output_ids) for request in self._index),
             mismatches=len(wrong),
@@ -232,9 +236,22 @@ class _Comparison:
             }
         return check
 
+    def _behind_tie(self, index: int, position: int) -> bool:
+        return self._differences.behind_tie(self._reference.margins_T[index], position)
+
+    def _is_near_tie(self, index: int, position: int) -> bool:
+        accepted = near_tie(self._reference.dtype, self._differences.largest)
+        if self._behind_tie(index, position):  # other experts may move each logit by as much as that
+            accepted = max(accepted, 2 * self._differences.largest_excused)
+        return self._margin(index, position) < accepted
+
     def _margin(self, index: int, position: int) -> float:
         second, first = np.partition(self._reference.next_logits(index, position), -2)[-2:]
         return float(first - second)
+
+
+def _tensor(file: Any, name: str) -> np.ndarray | None:
+    return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (it is no dict)
 
 
 def _first_difference(found: list[int], expected: list[int]) -> int | None:

@@ -221,8 +221,8 @@ class _Tables:
             if (one != other).any():
                 return None
             tables.append(one)
-        cos, sin = (self._initializer(table, rotation.cos) for table in tables)
-        return cos, sin
+        cos, sin = tables
+        return self._initializer("rotary_cos", cos, rotation.cos), self._initializer("rotary_sin", sin, rotation.cos)
 
     def _inputs(self, *values: ir.Value) -> list[ir.Value]:
         """Return the inputs of the graph that these values are computed from."""
@@ -235,12 +235,12 @@ class _Tables:
                 waiting += [each for each in maker.inputs if each is not None] if maker is not None else []
         return [value for value in self._model.graph.inputs if value in found]
 
-    def _initializer(self, table: np.ndarray, like: ir.Value) -> ir.Value:
+    def _initializer(self, name: str, table: np.ndarray, like: ir.Value) -> ir.Value:
         """Return an initializer that holds the table: one for all that are equal."""
         for known in self._tables:
             if known.dtype == like.dtype and np.array_equal(known.const_value.numpy(), table):
                 return known
-        name = f"rotary_{len(self._tables)}"
+        name = f"{name}_{len(self._tables)}"
         tensor = ir.Tensor(np.ascontiguousarray(table), dtype=like.dtype, name=name)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._model.graph.initializers[name] = value

@@ -3,6 +3,7 @@
 `ids.<i>` holds a prompt and its greedy continuation, `prompt_lengths` where each continuation begins, and `logits.<i>`
 [at most NUM_KEPT_LOGITS, vocabulary] the source's logits over the last of these ids but one. The file's metadata holds
 texts and chats with their ids.
+Of a mixture of experts, `margins.<i>` is how close each of these ids came to other experts (see routing.py).
 `far.ids` are tokens from position `far.start` on, behind a past of zeros, and `far.logits` those after the last.
 The i-th text runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
 adapter that was merged into the source for it, None for none.
@@ -23,6 +24,7 @@ from serving.directory import REFERENCE
 from serving.export.attention import ExportError
 from serving.export.loras import merged
 from serving.export.refusing import refusing
+from serving.export.routing import Routing
 from serving.export.source import Source
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
@@ -81,18 +83,23 @@ def _answer(
     model: PreTrainedModel, prompt: list[int], guess: list[int], index: int, source: Source
 ) -> dict[str, np.ndarray]:
     """Return the greedy continuation of a prompt, which `guess` was in a padded batch, and the logits of both."""
-    ids, logits = guess, _logits(model, guess[:-1], source)
+    ids, (logits, routing) = guess, _logits(model, guess[:-1], source)
     if logits[len(prompt) - 1 :].argmax(-1).tolist() != guess[len(prompt) :]:  # a near tie, or no model for padding
         [ids] = _generate(model, [prompt])
-        logits = _logits(model, ids[:-1], source)
-    return {f"ids.{index}": np.array(ids), f"logits.{index}": logits[-NUM_KEPT_LOGITS:].numpy()}
+        logits, routing = _logits(model, ids[:-1], source)
+    found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits[-NUM_KEPT_LOGITS:].numpy()}
+    return found | _margins(routing, f"margins.{index}")
 
 
-def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> torch.Tensor:
-    with torch.no_grad():
+def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> tuple[torch.Tensor, Routing]:
+    with torch.no_grad(), Routing(len(ids)) as routing:
         logits = model(input_ids=torch.tensor([ids])).logits
     check_finite(logits, source)
-    return logits[0].float()
+    return logits[0].float(), routing
+
+
+def _margins(routing: Routing, name: str) -> dict[str, np.ndarray]:
+    return {} if routing.margins_T is None else {name: routing.margins_T.numpy()}
 
 
 def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
@@ -110,10 +117,11 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
             keys, values = (torch.zeros(1, num_heads, start, size) for num_heads, size in shape.cached)
             past.update(keys, values, layer)
     positions = torch.arange(start, start + len(ids))[None]
-    with torch.no_grad():
+    with torch.no_grad(), Routing(len(ids)) as routing:
         logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits
     check_finite(logits, source)
-    return {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
+    found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
+    return found | _margins(routing, "far.margins")
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:

@@ -56,7 +56,6 @@ DECODERS = {
     "phimoe": ("PhimoeConfig", {"num_local_experts": 4}, 1),
     "deepseek_v3": ("DeepseekV3Config", LATENT | EXPERTS | DEEPSEEK, 2),  # the first layer is no mixture
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3")
 SELDOM = ("ernie4_5", "qwen2_moe", "qwen3_moe", "phimoe", "deepseek_v3")  # exported by the slow tests alone
 
 
