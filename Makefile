@@ -7,7 +7,7 @@
 # make lint | format | types | clean
 #
 # PYTHON=python3.12       another interpreter (3.11 or newer)
-# WORKERS=4               tests in so many processes at a time (2; each takes up to 2 GB; 0: in pytest's own)
+# WORKERS=2               tests in so many processes at a time; each takes up to 2 GB (0: in pytest's own)
 # PIP_EXTRA_INDEX_URL=URL      an index with the small CPU build of torch, where you reach one
 
 PYTHON ?= python3
@@ -25,10 +25,13 @@ export DS_BUILD_OPS := 0
 # As the commands set it for themselves (launch/politeness.py): threads that wait sleep, so two jobs can share a machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# In two processes, which take file by file as they lie: those that start processes of their own, and last longest,
-# come first.
-WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Tests that start groups of processes share one launch a mode and watch time limits: they come first, alone. The others
+# run file by file in WORKERS processes, or one after the other where that is 0.
+WORKERS ?= 0
+define TESTS
+	$(BIN)/pytest tests/distributed -m $(1)
+	$(BIN)/pytest --ignore=tests/distributed -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m $(1)
+endef
 
 .PHONY: quickstart models install test test-all gpu-check lint format types clean
 .DELETE_ON_ERROR:
@@ -54,10 +57,10 @@ $(INSTALLED): $(LOCK) pyproject.toml
 	@echo "Installed: try $(BIN)/trivet --help, or $(BIN)/trivet doctor"
 
 test: install lint types
-	$(PYTEST) -m "not slow and not gpu"
+	$(call TESTS,"not slow and not gpu")
 
 test-all: install lint types
-	$(PYTEST) -m "not gpu"
+	$(call TESTS,"not gpu")
 
 gpu-check: install
 	@$(BIN)/python benchmarks/gpu_check.py
