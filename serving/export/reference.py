@@ -10,6 +10,7 @@ adapter that was merged into the source for it, None for none.
 
 import json
 import os
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     answered: list[list[int]] = []
     loras: list[str | None] = []
     for adapter in (None, *source.loras):
-        answering = model if adapter is None else merged(source.load(), adapter, source.folder)
         asked = prompts if adapter is None else prompts[LORA_PROMPTS]
-        for index, prompt in enumerate(asked, len(answered)):
-            tensors |= _answer(answering, prompt, index, source)
+        with nullcontext() if adapter is None else merged(model, adapter, source.folder):
+            for index, prompt in enumerate(asked, len(answered)):
+                tensors |= _answer(model, prompt, index, source)
         answered += asked
         loras += [None if adapter is None else adapter.name] * len(asked)
     tensors |= _far_answer(model, prompts[-1][:FAR_TOKENS], source)
