@@ -4,7 +4,8 @@ The update of a row is (x A[index]) B[index]: `lora_index` picks an adapter for 
 adapter's true scale; ranks are padded with zeros to the largest, and so is a layer that only some adapters change.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -79,18 +80,29 @@ def put_into(model: PreTrainedModel, adapters: Sequence[Adapter], selection: Sel
         model.set_submodule(name, WithLoras(layer, selection, a.to(model.dtype), b.to(model.dtype)))
 
 
-def merged(model: PreTrainedModel, adapter: Adapter, base: Path) -> PreTrainedModel:
-    """Return the model of `base` with the adapter merged into it, by PEFT: what the graph is compared with.
+@contextmanager
+def merged(model: PreTrainedModel, adapter: Adapter, base: Path) -> Iterator[None]:
+    """While open, the adapter is merged into `model`, of `base`, by PEFT: what the graph is compared with.
 
-    Raises ExportError where it does not fit, or where what lies beside it says that the base has changed since.
+    Afterwards the model is as it was, bit for bit. Raises ExportError where the adapter does not fit, or where what
+    lies beside it says that the base has changed since.
     """
     try:
         import peft  # noqa: F401
     except ImportError:
         raise ExportError("--loras: needs PEFT, which merges for the proof; run: pip install 'trivet[train]'") from None
+    layers = {model.get_submodule(name) for name in adapter.updates}
+    weights = {layer.weight: layer.weight.data for layer in layers}
+    for weight, values in weights.items():
+        weight.data = values.clone()
     lora_folder.apply(model, adapter.folder, base)
     lora_folder.merge(model, adapter.folder, base)
-    return model.eval()
+    try:
+        yield
+    finally:
+        for weight, values in weights.items():
+            weight.data = values
+        del model.peft_config  # or the next one would be put beside it
 
 
 def _sizes(layer: torch.nn.Module) -> tuple[int, int] | None:

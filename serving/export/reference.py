@@ -11,6 +11,7 @@ adapter that was merged into the source for it, None for none.
 
 import json
 import os
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,12 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     answered: list[list[int]] = []
     loras: list[str | None] = []
     for adapter in (None, *source.loras):
-        answering = model if adapter is None else merged(source.load(), adapter, source.folder)
         asked = prompts if adapter is None else prompts[LORA_PROMPTS]
-        # The longest by itself: the others would be padded to it.
-        guesses = _generate(answering, asked[:-1]) + _generate(answering, asked[-1:])
-        for index, (prompt, guess) in enumerate(zip(asked, guesses, strict=True), len(answered)):
-            tensors |= _answer(answering, prompt, guess, index, source)
+        with nullcontext() if adapter is None else merged(model, adapter, source.folder):
+            # The longest by itself: the others would be padded to it.
+            guesses = _generate(model, asked[:-1]) + _generate(model, asked[-1:])
+            for index, (prompt, guess) in enumerate(zip(asked, guesses, strict=True), len(answered)):
+                tensors |= _answer(model, prompt, guess, index, source)
         answered += asked
         loras += [None if adapter is None else adapter.name] * len(asked)
     tensors |= _far_answer(model, prompts[-1][:FAR_TOKENS], source)

@@ -92,6 +92,27 @@ def test_the_proof_is_of_every_adapter_and_of_all_in_one_batch(exported_loras):
     )
 
 
+def test_the_base_is_as_before_bit_for_bit_when_adapters_have_been_merged_into_it(model_dir, adapters):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from serving.export.adapters import read_adapters
+    from serving.export.loras import merged
+    from serving.export.source import open_source
+
+    source = open_source(model_dir("llama"))
+    model, untouched = (AutoModelForCausalLM.from_pretrained(source.folder) for _ in range(2))
+    row = torch.tensor([[1, 2, 3]])
+    for adapter in read_adapters(tuple(adapters.values()), source.folder, source.provenance["sha256"]):
+        with merged(model, adapter, source.folder):
+            assert not torch.equal(model(row).logits, untouched(row).logits)
+        assert vars(model).keys() == vars(untouched).keys()
+    assert [*map(str, model.modules())] == [*map(str, untouched.modules())]
+    weights = untouched.state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
+
+
 def test_rows_of_different_adapters_in_one_crowd_get_the_tokens_of_their_merged_models(
     exported_loras, merged_tokens, prompts
 ):
