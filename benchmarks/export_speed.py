@@ -30,6 +30,8 @@ SHAPES = {  # Llama: layers, hidden size, heads, KV heads, MLP, vocabulary, tied
 GRAPH_ALONE = """
 import sys
 from pathlib import Path
+from launch import collecting
+collecting.rarely()  # as the command does
 from serving.export import Options, decoder
 from serving.export.source import open_source
 source = open_source(Path(sys.argv[1]))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch import politeness
+from launch import collecting, politeness
 from launch.disk_errors import naming
 from launch.onnxruntime_wheels import refuse_wheel_clash
 
@@ -53,6 +53,7 @@ def export(
     ] = False,
 ) -> None:
     """Export a model to ONNX, prove it against the untouched source, and publish it only then."""
+    collecting.rarely()
     refuse_wheel_clash()
     politeness.check_hub_address()
     from launch.export import export

@@ -61,7 +61,7 @@ def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[st
         manifest = read_manifest(onnx_dir, "onnx")
         command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
         return [f"next: {command} {onnx_dir}{served_there}"]
-    proven = "verified on the CPU alone" if record["provider"] else f"not verified, since {record['reason']}"
+    proven = "verified on the CPU alone" if record["provider"] else f"not verified: {record['reason']}"
     return [
         f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
         f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",

@@ -34,7 +34,8 @@ from serving.scheduler import Work
 from serving.session import Session
 
 CROWD_SLOTS = 4  # fewer than the prompts, so that rows are left and taken again
-CROWD_STEP_TOKENS = 7  # fewer than most prompts, so that they come in chunks
+CROWD_STEP_TOKENS = 16  # fewer than most prompts, so that they come in chunks
+ALONE_TOKENS = 8  # of each answer one by one: the crowd generates all
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,13 @@ def check_far(
 def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, crowd: bool) -> Check:
     """Compare the engine's greedy tokens, and the logits behind them, with the source's.
 
-    One by one, each prompt is one chunk. In a crowd there are fewer slots than prompts, prompts come in chunks, and
-    most requests join while others decode. A wrong token is excused where the source's two best logits are a near tie
-    (see checks.near_tie); what follows it in its row is another text, and is not compared.
+    One by one, each prompt is one chunk, and the first tokens of its answer are compared. In a crowd there are fewer
+    slots than prompts, prompts come in chunks, and most requests join while others decode. A wrong token is excused
+    where the source's two best logits are a near tie (see checks.near_tie); what follows it in its row is another
+    text, and is not compared.
     """
     requests = [
-        Request(str(index), prompt, Sampling(max_new_tokens=len(ids) - len(prompt), ignore_end=True), lora)
+        Request(str(index), prompt, Sampling(max_new_tokens=_num_tokens(ids, prompt, crowd), ignore_end=True), lora)
         for index, (prompt, ids, lora) in enumerate(zip(reference.prompts, reference.ids, reference.loras, strict=True))
     ]
     comparison = _Comparison(reference, requests)
@@ -184,6 +186,10 @@ def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, 
             engine.add(request)
             engine.run()
     return comparison.check()
+
+
+def _num_tokens(ids: list[int], prompt: list[int], crowd: bool) -> int:
+    return len(ids) - len(prompt) if crowd else min(ALONE_TOKENS, len(ids) - len(prompt))
 
 
 class _Comparison:

@@ -1,5 +1,6 @@
 """Export: a trained model directory becomes an ONNX directory that is proven equal to it, or nothing at all."""
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,23 +10,26 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.directory import seal, staged
+from serving.checks import Check
+from serving.directory import identity, seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.experts import check_experts
-from serving.export.half import check_weights, convert, watched
+from serving.export.half import check_weights, hollow, watched
+from serving.export.halved import halve_written
 from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.loras import check_fits
-from serving.export.options import Options
+from serving.export.options import Dtype, Options
 from serving.export.plain_module import export_module
 from serving.export.providers import provider_of_proof
-from serving.export.quantized import EVIDENCE, evidence, quantize_written
+from serving.export.quantized import quantize_written
 from serving.export.source import Attach, Source, find_model, open_source
 from serving.export.target import check_target, versions
 from serving.export.trace import quiet
 from serving.export.weights import check_vocabulary
+from serving.export.written import evidence
 from serving.proof_process import prove_apart
 from serving.proofs import append_verification
 from serving.session import GRAPH
@@ -51,12 +55,12 @@ def export_model(
     """Export the model behind `source` (model directory, run or sweep) to `onnx_dir`; return the verification record.
 
     The folder appears whole and verified, on the provider that it is for or else on the CPU, in place of an older one,
-    or not at all. Where it is for a GPU and neither can run its number format here, nothing is verified and the
-    record's `provider` is None: the engine refuses the folder until it is verified where it is to be served.
-    What is quantised is the graph in fp32 after its own proof, which the record keeps; the cost is then measured on
-    `held_out` rows. `attach` puts a bottleneck adapter (a folder) into the model of its
-    base. `progress` is called with a word or two at the start of each stage. Raises
-    ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
+    or not at all. What is quantised, or in half precision, is the graph in fp32 after its own proof, which the record
+    keeps; what quantisation costs is then measured on `held_out` rows. Where an export is for a GPU and nothing here
+    runs its number format, that proof is all there is and the record's `provider` is None: the engine refuses the
+    folder until it is verified where it is to be served. `attach` puts a bottleneck adapter (its folder) into the model
+    of its base. `progress` is called with a word or two at the start of each stage.
+    Raises ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
     VerificationFailed with the evidence when the graph does not answer as the source does.
     """
     report = progress or (lambda stage: None)
@@ -71,17 +75,10 @@ def export_model(
     with staged(onnx_dir) as folder:
         _write(model, tokenizer, opened, options, held_out, folder, report)
         del model  # the proof takes as much memory again
-        if provider is None:
-            reason = f"nothing here runs {options.dtype}"
-            return {"provider": None, "passed": False, "reason": reason, "checks": {}}
-        record = _proven(folder, provider, options, report)
+        gc.collect()  # the graph that was written refers to itself, and to the weights
+        record = _proven(folder, provider, opened, options, report)
         append_verification(folder, record)
-        if not record["passed"]:
-            error = VerificationFailed(
-                f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
-            )
-            error.record = record
-            raise error
+        _require_passed(source, record)
     return record
 
 
@@ -114,15 +111,26 @@ def _write(
         if held_out is not None:
             add_held_out(model, tokenizer, opened, held_out, folder)
     report("writing the graph")
-    if opened.is_lora:
-        lora_folder.merge(model, opened.folder, opened.body)
-    convert(model, options.dtype)
-    inputs, outputs = exporter.write_graph(model, opened, options, folder / GRAPH)
+    inputs, outputs = _write_graph(model, opened, options, "fp32", folder / GRAPH)
     with quiet():
         # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
         tokenizer.save_pretrained(folder)
         fields = exporter.write_settings(model, tokenizer, opened, folder)
     seal(folder, "onnx", **_manifest(opened, options, tokenizer) | fields, inputs=inputs, outputs=outputs)
+
+
+def _write_graph(
+    model: PreTrainedModel, opened: Source, options: Options, dtype: Dtype, path: Path
+) -> tuple[list[str], list[str]]:
+    """Write the graph that `options` ask for; return the names of its inputs and outputs.
+
+    In half precision only its nodes: its weights are those of the graph in fp32.
+    """
+    if opened.is_lora:
+        lora_folder.merge(model, opened.folder, opened.body)
+    if dtype != "fp32":
+        hollow(model, dtype)
+    return EXPORTERS[opened.task].write_graph(model, opened, options, path)
 
 
 def _with_loras(source: Source, options: Options) -> Source:
@@ -135,24 +143,55 @@ def _with_loras(source: Source, options: Options) -> Source:
     return replace(source, loras=adapters)
 
 
-def _proven(folder: Path, provider: str, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
-    """Return the record of the proof of what is to be published.
+def _proven(
+    folder: Path, provider: str | None, opened: Source, options: Options, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the record of the proof of what is to be published; without a provider, of its graph in fp32.
 
-    Where that is to be quantised, the graph in fp32 is proven first and quantised once that has passed; where it has
-    not, the record is that of fp32.
+    Where it is to be quantised or in half precision, the graph in fp32 is proven first, on the CPU, and rounded once
+    that has passed; where it has not, the record is that of fp32.
     """
     # A large model's proof has a process of its own, the second too: this one still holds what tracing took.
     large = sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) >= LARGE_BYTES
     proof = prove_apart if large else prove
-    if options.quantization is None:
+    if options.quantization is None and options.dtype == "fp32":
+        assert provider is not None
         return proof(folder, provider, progress=report)
-    before = proof(folder, provider, progress=lambda stage: report(f"before quantisation: {stage}"))
+    when = f"before {'quantisation' if options.quantization else options.dtype}"
+    before = proof(folder, "cpu", progress=lambda stage: report(f"{when}: {stage}"))
     if not before["passed"]:
-        return before | {"reason": f"before quantisation, in fp32: {before['reason']}"}
-    report(f"quantising the graph to {options.quantization}")
-    quantize_written(folder, options.quantization)
+        return before | {"reason": f"{when}, in fp32: {before['reason']}"}
+    checks = {when.replace(" ", "_"): evidence(before), **_round(folder, opened, options, report)}
+    failed = next((check["found"] for check in checks.values() if not check["passed"]), None)
+    if failed is not None or provider is None:
+        reason = failed or f"its graph in fp32 is the source's, but nothing here runs {options.dtype}"
+        nowhere = {"provider": None, "identity": identity(folder), "passed": False}
+        return before | nowhere | {"reason": reason, "checks": checks}
     record = proof(folder, provider, progress=report)
-    return record | {"checks": {EVIDENCE: evidence(before), **record["checks"]}}
+    return record | {"checks": checks | record["checks"]}
+
+
+def _round(folder: Path, opened: Source, options: Options, report: Callable[[str], None]) -> dict[str, Check]:
+    """Make of the proven graph in fp32 the one that is asked for; return what shows that it was made of it."""
+    if options.quantization is not None:
+        report(f"quantising the graph to {options.quantization}")
+        quantize_written(folder, options.quantization)
+        return {}
+    report(f"writing the graph in {options.dtype}")
+    with quiet():
+        model = opened.load()
+    return halve_written(folder, options.dtype, lambda path: _write_graph(model, opened, options, options.dtype, path))
+
+
+def _require_passed(source: str | Path, record: dict[str, Any]) -> None:
+    """Raise VerificationFailed where something was compared and differs."""
+    if all(check["passed"] for check in record["checks"].values()):
+        return
+    error = VerificationFailed(
+        f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
+    )
+    error.record = record
+    raise error
 
 
 def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -160,8 +199,8 @@ def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBa
     return {
         "task": source.task,
         "architecture": source.architecture,
-        "dtype": options.dtype,
-        "quantization": None,  # until the graph is quantised: see quantized.py
+        "dtype": "fp32",  # both until the graph is rounded: see halved.py and quantized.py
+        "quantization": None,
         "optimize_for": options.optimize_for,
         "labels": None,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,

@@ -54,6 +54,10 @@ class InPlaceAttention:
         self.seqlens_k: torch.Tensor | None = None
         self.total_length: torch.Tensor | None = None
 
+    def forget(self) -> None:
+        """Let go of what it was called with last: it stays registered, and would keep the traced model in memory."""
+        self.past, self.present, self.seqlens_k, self.total_length = {}, {}, None, None
+
     def register(self) -> str:
         """Make this the implementation behind NAME and return that name."""
         AttentionInterface.register(NAME, self)

@@ -81,6 +81,7 @@ def write_graph(model: PreTrainedModel, source: Source, options: Options, path: 
     if source.loras:
         put_into(model, source.loras, step.selection)
     graph = graph_of(step, len(source.layers), lambda layers: _example(step, source, layers), asks=source.layers)
+    attention.forget()
     if options.optimize_for == "cuda" and options.dtype == "fp32":
         standard_attention(graph)
     interleave(graph)

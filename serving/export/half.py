@@ -1,4 +1,4 @@
-"""Half precision: whether a model's numbers fit into it, and the model with its weights in it.
+"""Half precision: whether a model's numbers fit into it, and the model as it is traced in it.
 
 Normalisations, softmax and rotary angles stay in fp32, as transformers computes them for a model in half precision.
 """
@@ -58,11 +58,10 @@ def watched(model: PreTrainedModel, dtype: Dtype) -> Iterator[None]:
         )
 
 
-def convert(model: PreTrainedModel, dtype: Dtype) -> None:
-    """Turn the weights into `dtype`, one after the other: never two copies of the model. Buffers stay in fp32."""
-    if dtype != "fp32":
-        for weight in model.parameters():
-            weight.data = weight.data.to(TORCH_DTYPES[dtype])
+def hollow(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Give the model weights in `dtype` that take no memory: to be traced, not to compute. Buffers stay as they are."""
+    for weight in model.parameters():
+        weight.data = torch.zeros((), dtype=TORCH_DTYPES[dtype]).expand(weight.shape)
 
 
 def _beyond(largest: float) -> str:

@@ -5,7 +5,7 @@
 texts and chats with their ids.
 Of a mixture of experts, `margins.<i>` is how close each of these ids came to other experts (see routing.py).
 `far.ids` are tokens from position `far.start` on, behind a past of zeros, and `far.logits` those after the last.
-The i-th prompt runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
+The i-th text runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
 adapter that was merged into the source for it, None for none.
 """
 
@@ -62,8 +62,10 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     for adapter in (None, *source.loras):
         answering = model if adapter is None else merged(source.load(), adapter, source.folder)
         asked = prompts if adapter is None else prompts[LORA_PROMPTS]
-        for index, prompt in enumerate(asked, len(answered)):
-            tensors |= _answer(answering, prompt, index, source)
+        # The longest by itself: the others would be padded to it.
+        guesses = _generate(answering, asked[:-1]) + _generate(answering, asked[-1:])
+        for index, (prompt, guess) in enumerate(zip(asked, guesses, strict=True), len(answered)):
+            tensors |= _answer(answering, prompt, guess, index, source)
         answered += asked
         loras += [None if adapter is None else adapter.name] * len(asked)
     tensors |= _far_answer(model, prompts[-1][:FAR_TOKENS], source)
@@ -77,17 +79,24 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     save_reference(folder, tensors, metadata)
 
 
-def _answer(model: PreTrainedModel, prompt: list[int], index: int, source: Source) -> dict[str, np.ndarray]:
-    ids = _generate(model, prompt)
-    with torch.no_grad(), Routing(len(ids) - 1) as routing:
-        logits = model(input_ids=torch.tensor([ids[:-1]])).logits
+def _answer(
+    model: PreTrainedModel, prompt: list[int], guess: list[int], index: int, source: Source
+) -> dict[str, np.ndarray]:
+    """Return the greedy continuation of a prompt, which `guess` was in a padded batch, and the logits of both."""
+    ids, (logits, margins) = guess, _logits(model, guess[:-1], source)
+    if logits[len(prompt) - 1 :].argmax(-1).tolist() != guess[len(prompt) :]:  # a near tie, or no model for padding
+        [ids] = _generate(model, [prompt])
+        logits, margins = _logits(model, ids[:-1], source)
+    found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits[-NUM_KEPT_LOGITS:].numpy()}
+    return found if margins is None else found | {f"margins.{index}": margins.numpy()}
+
+
+def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits at every token, and how close each came to other experts, if there are any."""
+    with torch.no_grad(), Routing(len(ids)) as routing:
+        logits = model(input_ids=torch.tensor([ids])).logits
     check_finite(logits, source)
-    found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits[0, -NUM_KEPT_LOGITS:].float().numpy()}
-    return found | _margins(routing, f"margins.{index}")
-
-
-def _margins(routing: Routing, name: str) -> dict[str, np.ndarray]:
-    return {} if routing.margins_T is None else {name: routing.margins_T.numpy()}
+    return logits[0].float(), routing.margins_T
 
 
 def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
@@ -109,7 +118,7 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
         logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits
     check_finite(logits, source)
     found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
-    return found | _margins(routing, "far.margins")
+    return found if routing.margins_T is None else found | {"far.margins": routing.margins_T.numpy()}
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:
@@ -141,20 +150,23 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, context_length
     return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
-def _generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Return the prompt and its greedy continuation by transformers, the end token ignored."""
+def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the prompts, each with its greedy continuation by transformers in one batch, the end token ignored."""
+    longest = max(map(len, prompts))
+    padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([zeros + prompt for zeros, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([zeros + [1] * len(prompt) for zeros, prompt in zip(padding, prompts, strict=True)])
     # The model's own settings (penalties, sampling, end tokens) would fill every field that is None here.
     kept, model.generation_config = (
         model.generation_config,
         GenerationConfig(do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=None, pad_token_id=0),
     )
     try:
-        output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+        output = model.generate(ids, attention_mask=mask)
     finally:
         model.generation_config = kept
-    ids = output[0].tolist()
-    assert len(ids) == len(prompt) + NUM_NEW_TOKENS, f"generate stopped after {len(ids) - len(prompt)} tokens"
-    return ids
+    assert output.shape[1] == longest + NUM_NEW_TOKENS, f"generate stopped after {output.shape[1] - longest} tokens"
+    return [row[len(zeros) :] for zeros, row in zip(padding, output.tolist(), strict=True)]
 
 
 def text_cases(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

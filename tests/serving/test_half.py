@@ -1,14 +1,18 @@
 """Half precision: what is exported in it answers as the fp32 source does, and what it cannot hold is refused."""
 
+import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from serving.directory import BadInput, DirectoryError, read_manifest
 from serving.engine import Engine
 from serving.export import ExportError, Options, VerificationFailed, export_model
+from serving.export.same_graph import rounded
 from serving.request import Sampling
 from serving.verify import verify
 
@@ -28,6 +32,22 @@ def types_of(folder: Path) -> dict[str, int]:
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     found = {each.name: each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
     return found | {each.name: each.data_type for each in graph.initializer if len(each.dims) == 2}
+
+
+def nodes_of(folder: Path) -> list:
+    """Return the nodes of a directory's graph."""
+    import onnx
+
+    return list(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    """Return the weights of a directory's graph, of more than a number."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(folder / "model.onnx").graph
+    return {each.name: numpy_helper.to_array(each) for each in graph.initializer if np.prod(each.dims) > 1}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mistral"])
@@ -82,20 +102,6 @@ def test_every_task_over_texts_passes_its_proof_in_fp16(save_text_model, tmp_pat
     types = types_of(tmp_path / "onnx")
     assert types["embeddings" if asked == "vector" else "logits"] == 1, "fp32"
     assert 10 in types.values(), "fp16"
-
-
-def test_a_classifier_with_a_matrix_three_percent_too_large_is_seen_in_fp16(save_text_model, tmp_path, monkeypatch):
-    from serving.export import rows
-
-    real = rows.write_graph
-
-    def wrong(model, source, options, path):
-        model.bert.encoder.layer[1].output.dense.weight.data *= 1.03
-        return real(model, source, options, path)
-
-    monkeypatch.setattr(rows, "write_graph", wrong)
-    with pytest.raises(VerificationFailed, match="logits_one_by_one"):
-        export_model(save_text_model(tmp_path / "model", "bert", "label"), tmp_path / "onnx", Options(dtype="fp16"))
 
 
 def test_the_reference_of_a_half_precision_export_is_the_fp32_sources(fp16_dir, onnx_dir):
@@ -158,18 +164,115 @@ def test_activations_that_overflow_in_the_graph_fail_the_proof(model_dir, tmp_pa
     assert not (tmp_path / "onnx").exists()
 
 
-def test_a_matrix_two_percent_too_large_is_seen_in_fp16(model_dir, tmp_path, monkeypatch):
-    from serving.export import decoder
+# --- what half precision would hide ----------------------------------------------------------------------------------
 
-    real = decoder.write_graph
 
-    def wrong(model, source, options, path):
-        model.model.layers[1].self_attn.o_proj.weight.data *= 1.02
-        return real(model, source, options, path)
+def a_matrix(model) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data *= 1.02
 
-    monkeypatch.setattr(decoder, "write_graph", wrong)
-    with pytest.raises(VerificationFailed, match="logits_one_by_one"):
-        export_model(model_dir("llama"), tmp_path / "onnx", Options(dtype="fp16"))
+
+def the_scale_of_attention(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.02
+
+
+def a_matrix_of_an_encoder(model) -> None:
+    model.bert.encoder.layer[1].output.dense.weight.data *= 1.02
+
+
+HALVES = {"fp16": Options(dtype="fp16"), "bf16": Options(dtype="bf16", optimize_for="cuda")}
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Return a function that lets every later export change its model by `change` before the graph is written.
+
+    `only`: where the graph is written in that number format alone.
+    """
+
+    def by(change, only: str | None = None) -> None:
+        from serving import export
+
+        real = export._write_graph
+
+        def wrong(model, opened, options, dtype, path):
+            if only in (None, dtype):
+                change(model)
+            return real(model, opened, options, dtype, path)
+
+        monkeypatch.setattr(export, "_write_graph", wrong)
+
+    return by
+
+
+def refused(source: Path, folder: Path, options: Options, evidence: str) -> dict:
+    """Export, expect a refusal that says `evidence` and leaves nothing, and return its record."""
+    with pytest.raises(VerificationFailed, match=f"nothing was published: {evidence}") as caught:
+        export_model(source, folder, options)
+    assert not folder.exists()
+    return caught.value.record
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fault", [a_matrix, the_scale_of_attention])
+def test_two_percent_too_much_is_refused_by_the_proof_in_fp32(model_dir, tmp_path, spoil, fault, dtype):
+    spoil(fault)
+    evidence = f"before {dtype}, in fp32: logits_one_by_one: logits differ by .*, accepted"
+    record = refused(model_dir("llama"), tmp_path / "onnx", HALVES[dtype], evidence)
+    found = record["checks"]["logits_one_by_one"]
+    assert found["tolerance"] < found["max_abs_diff"]
+
+
+def test_two_percent_too_much_of_an_encoder_is_refused_by_the_proof_in_fp32(save_text_model, tmp_path, spoil):
+    spoil(a_matrix_of_an_encoder)
+    model = save_text_model(tmp_path / "model", "bert", "label")
+    refused(model, tmp_path / "onnx", HALVES["fp16"], "before fp16, in fp32: logits_one_by_one: logits differ by")
+
+
+def another_activation(model) -> None:
+    from torch.nn import Tanh
+
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Tanh()
+
+
+@pytest.mark.parametrize(
+    ("fault", "evidence"),
+    [
+        (another_activation, r"node \d+ is Tanh, in fp32 QuickGelu"),
+        (the_scale_of_attention, "GroupQueryAttention .* has another scale than in fp32"),
+    ],
+)
+def test_a_half_precision_graph_that_is_not_the_proven_one_is_refused(model_dir, tmp_path, spoil, fault, evidence):
+    spoil(fault, only="bf16")
+    record = refused(model_dir("llama"), tmp_path / "onnx", HALVES["bf16"], evidence)
+    assert record["checks"]["before_bf16"]["passed"]
+
+
+def test_the_weights_are_the_proven_ones_rounded(fp16_dir, onnx_dir):
+    half, whole = weights_of(fp16_dir), weights_of(onnx_dir)
+    assert half.keys() == whole.keys()
+    for name in half:
+        assert np.array_equal(half[name], whole[name].astype(half[name].dtype)), name
+        assert half[name].any(), name
+    assert {each.dtype for each in half.values()} == {np.dtype("float16")}
+
+
+def test_rounding_keeps_what_is_finite_finite_and_infinity_infinite():
+    values = np.array([-3.4e38, -np.inf, 7e4, 65519.0, 1 / 3, 2.0**-24], np.float32)
+    expected = np.array([-65504, -np.inf, 65504, 65504, np.float16(1 / 3), 2.0**-24], np.float16)
+    assert np.array_equal(rounded(values, ir.DataType.FLOAT16), expected)
+    largest = rounded(np.finfo(np.float32).max.reshape(1), ir.DataType.BFLOAT16).astype(np.float32)
+    assert largest == float.fromhex("0x1.fep127"), "rounded it would be infinite"
+
+
+def test_the_record_keeps_the_proof_in_fp32_beside_that_in_fp16(fp16_dir):
+    [record] = json.loads((fp16_dir / "verification.json").read_text())["records"]
+    before, after = record["checks"]["before_fp16"], record["checks"]["logits_far_on"]
+    assert before["checks"].keys() == record["checks"].keys() - {"before_fp16", "same_graph"}
+    assert before["tolerance"] * 99 < after["tolerance"], "each has the limits of its format"
+    whole = Counter(node.op_type for node in nodes_of(fp16_dir) if node.op_type != "Cast")
+    assert record["checks"]["same_graph"]["nodes"] == whole.total()
 
 
 # --- what no provider here runs --------------------------------------------------------------------------------------
@@ -190,11 +293,14 @@ def test_bf16_for_a_gpu_is_written_unverified_and_refused_until_it_is_verified_t
     folder = tmp_path / "onnx"
     record = export_model(model_dir("llama"), folder, Options(dtype="bf16", optimize_for="cuda"))
     assert (record["provider"], record["passed"]) == (None, False)
+    assert record["reason"] == "its graph in fp32 is the source's, but nothing here runs bf16"
+    assert record["checks"]["before_bf16"]["checks"]["tokens_in_a_crowd"]["passed"]
+    assert json.loads((folder / "verification.json").read_text())["records"] == [record]
     types = types_of(folder)
     assert types["past_keys.0"] == types["model.model.embed_tokens.weight"] == TensorProto.BFLOAT16
     assert types["logits"] == TensorProto.FLOAT
-    assert not (folder / "verification.json").exists()
-    with pytest.raises(DirectoryError, match=f"never verified; run: trivet verify {folder} --provider cpu"):
+    fix = f"not verified on provider cpu; run: trivet verify {folder} --provider cpu"
+    with pytest.raises(DirectoryError, match=fix):
         Engine.open(folder)
     with pytest.raises(BadInput, match=r"cpu lacks an operator of this graph .*NOT_IMPLEMENTED.*take another provider"):
         verify(folder)
@@ -216,6 +322,6 @@ def test_the_command_says_what_was_proven_where_and_what_is_still_to_do(model_di
     assert f"trivet verify {folder} --provider cuda" in err
     code, out, err = trivet("export", model_dir("llama"), folder, "--dtype", "bf16", "--optimize-for", "cuda")
     assert (code, out) == (0, "")
-    assert f"{folder}: not verified, since nothing here runs bf16" in err
+    assert f"{folder}: not verified: its graph in fp32 is the source's, but nothing here runs bf16" in err
     code, _, err = trivet("export", model_dir("llama"), folder, "--dtype", "fp8")
     assert (code, err) == (2, "error: --dtype: 'fp8' is unknown; accepted: fp32, fp16, bf16\n")
