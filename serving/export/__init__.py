@@ -57,7 +57,7 @@ def export_model(
     or not at all. What is quantised, or in half precision, is the graph in fp32 after its own proof, which the record
     keeps; what quantisation costs is then measured on `held_out` rows. Where an export is for a GPU and nothing here
     runs its number format, that proof is all there is and the record's `provider` is None: the engine refuses the
-    folder until it is verified where it is to be served. `attach` puts a bottleneck adapter (a folder) into the model
+    folder until it is verified where it is to be served. `attach` puts a bottleneck adapter (its folder) into the model
     of its base. `progress` is called with a word or two at the start of each stage.
     Raises ExportError for what cannot be exported, or an `onnx_dir` that holds something else, before any work, and
     VerificationFailed with the evidence when the graph does not answer as the source does.

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from serving.export.fuse_linear import packed
-from serving.export.patterns import MICROSOFT, ints, made_by, nodes_of, number, operands, put, same_shape
+from serving.export.patterns import MICROSOFT, ints, made_by, nodes_of, number, only_user, operands, put, same_shape
 
 
 def rotaries(model: ir.Model, context_length: int) -> None:
@@ -22,11 +22,14 @@ def rotaries(model: ir.Model, context_length: int) -> None:
     for node in nodes_of(graph, "Add"):
         rotation = _rotation(node.outputs[0])
         found = tables.of(rotation) if rotation and rotation.heads_axis == 1 else None
-        if rotation and found:
+        back = only_user(node.outputs[0], "Cast")
+        result = node.outputs[0] if rotation is None or rotation.rows.dtype == node.outputs[0].dtype else back
+        result = result.outputs[0] if isinstance(result, ir.Node) else result
+        if rotation and found and result is not None:
             positions = next(value for value in graph.inputs if value.name == "position_ids")
             rotated = [rotation.rows, positions, *found]
             pairs = int(rotation.of_neighbours)
-            put(graph, node.outputs[0], "RotaryEmbedding", rotated, domain=MICROSOFT, interleaved=pairs)
+            put(graph, result, "RotaryEmbedding", rotated, domain=MICROSOFT, interleaved=pairs)
 
 
 def _rotate_inside(graph: ir.Graph, attention: ir.Node, tables: "_Tables") -> None:
@@ -77,7 +80,7 @@ def _unrotated(value: ir.Value | None) -> Rotation | None:
     turned = made_by(flat.inputs[0], "Transpose") if flat is not None else None
     if flat is None or (turned is not None and ints(turned, "perm") != [0, 2, 1, 3]):
         return None
-    rotated = flat.inputs[0] if turned is None else turned.inputs[0]
+    rotated = _uncast(flat.inputs[0] if turned is None else turned.inputs[0])
     joined = made_by(rotated, "Concat")
     rotation = _rotation(rotated) if joined is None else _rotation_of_first(joined)
     if rotation is None or rotation.heads_axis != (2 if turned is None else 1):
@@ -107,11 +110,18 @@ def _rotation(value: ir.Value | None) -> Rotation | None:
     terms = [made_by(each, "Mul") for each in add.inputs] if add is not None else []
     for plain, turned in (terms, terms[::-1]) if len(terms) == 2 else ():
         for swapped, of_neighbours in (_swapped_halves, False), (_swapped_neighbours, True):
-            found = operands(turned, swapped)
-            kept = found and operands(plain, lambda each, rows=found[0]: each is rows)  # type: ignore[misc]
-            if found and kept:
-                return Rotation(found[0], kept[1], found[1], of_neighbours)
+            found = operands(turned, lambda each, swapped=swapped: swapped(_uncast(each)))  # type: ignore[misc]
+            rows = _uncast(found[0]) if found else None
+            kept = operands(plain, lambda each, rows=rows: _uncast(each) is rows)  # type: ignore[misc]
+            if found and rows is not None and kept:
+                return Rotation(rows, kept[1], found[1], of_neighbours)
     return None
+
+
+def _uncast(value: ir.Value | None) -> ir.Value | None:
+    """Return what a value was in half precision: some models rotate in fp32."""
+    cast = made_by(value, "Cast")
+    return cast.inputs[0] if cast is not None else value
 
 
 def _swapped_halves(value: ir.Value) -> ir.Value | None:
@@ -222,7 +232,7 @@ class _Tables:
                 return None
             tables.append(one)
         cos, sin = tables
-        return self._initializer("rotary_cos", cos, rotation.cos), self._initializer("rotary_sin", sin, rotation.cos)
+        return self._initializer("rotary_cos", cos, rotation.rows), self._initializer("rotary_sin", sin, rotation.rows)
 
     def _inputs(self, *values: ir.Value) -> list[ir.Value]:
         """Return the inputs of the graph that these values are computed from."""
@@ -237,11 +247,13 @@ class _Tables:
 
     def _initializer(self, name: str, table: np.ndarray, like: ir.Value) -> ir.Value:
         """Return an initializer that holds the table: one for all that are equal."""
+        assert like.dtype is not None
+        table = np.ascontiguousarray(table, like.dtype.numpy())
         for known in self._tables:
             if known.dtype == like.dtype and np.array_equal(known.const_value.numpy(), table):
                 return known
         name = f"{name}_{len(self._tables)}"
-        tensor = ir.Tensor(np.ascontiguousarray(table), dtype=like.dtype, name=name)
+        tensor = ir.Tensor(table, dtype=like.dtype, name=name)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._model.graph.initializers[name] = value
         self._tables.append(value)

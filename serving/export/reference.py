@@ -84,23 +84,20 @@ def _answer(
     model: PreTrainedModel, prompt: list[int], guess: list[int], index: int, source: Source
 ) -> dict[str, np.ndarray]:
     """Return the greedy continuation of a prompt, which `guess` was in a padded batch, and the logits of both."""
-    ids, (logits, routing) = guess, _logits(model, guess[:-1], source)
+    ids, (logits, margins) = guess, _logits(model, guess[:-1], source)
     if logits[len(prompt) - 1 :].argmax(-1).tolist() != guess[len(prompt) :]:  # a near tie, or no model for padding
         [ids] = _generate(model, [prompt])
-        logits, routing = _logits(model, ids[:-1], source)
+        logits, margins = _logits(model, ids[:-1], source)
     found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits[-NUM_KEPT_LOGITS:].numpy()}
-    return found | _margins(routing, f"margins.{index}")
+    return found if margins is None else found | {f"margins.{index}": margins.numpy()}
 
 
-def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> tuple[torch.Tensor, Routing]:
+def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits at every token, and how close each came to other experts, if there are any."""
     with torch.no_grad(), Routing(len(ids)) as routing:
         logits = model(input_ids=torch.tensor([ids])).logits
     check_finite(logits, source)
-    return logits[0].float(), routing
-
-
-def _margins(routing: Routing, name: str) -> dict[str, np.ndarray]:
-    return {} if routing.margins_T is None else {name: routing.margins_T.numpy()}
+    return logits[0].float(), routing.margins_T
 
 
 def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
@@ -122,7 +119,7 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
         logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits
     check_finite(logits, source)
     found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
-    return found | _margins(routing, "far.margins")
+    return found if routing.margins_T is None else found | {"far.margins": routing.margins_T.numpy()}
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:
