@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from serving.export.patterns import (
+    ByRows,
     ints,
     is_weight,
     made_by,
@@ -43,6 +44,7 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
     flat = made_by(before, "Reshape")
     settings = {name: each.value for name, each in gemm.attributes.items()}
     is_plain = settings.get("alpha", 1) == 1 == settings.get("beta", 1) and not settings.get("transA")
+    weight = _in_fp32(graph, weight)
     if not is_plain or not is_weight(weight, 2):
         return
     if settings.get("transB"):
@@ -58,6 +60,21 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
         take_over(product, added.outputs[0])  # also where the product is an output of the graph: a head's bias
         added.replace_input_with(0, product)
         product.name = product.name or f"{added.outputs[0].name}.without_bias"
+
+
+def _in_fp32(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
+    """Return a weight in fp32 for one that a model in half precision casts to it, as some do to route to experts."""
+    cast = made_by(value, "Cast")
+    weight = cast.inputs[0] if cast is not None else None
+    if value is None or weight is None or not is_weight(weight, 2) or value.dtype != ir.DataType.FLOAT:
+        return value
+    name = f"{weight.name}.fp32"
+    if name not in graph.initializers:
+        shape = ir.Shape(weight.const_value.shape.numpy())
+        lazy = ByRows(name, ir.DataType.FLOAT, shape, lambda some: weight_of(weight, some).astype(np.float32))
+        type_ = ir.TensorType(ir.DataType.FLOAT)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=type_, const_value=lazy)
+    return graph.initializers[name]
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:
