@@ -76,11 +76,19 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
+            _untie(model, module.get_base_layer())
             module.merge()
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     check_base(model, folder, base)
+
+
+def _untie(model: PreTrainedModel, layer: torch.nn.Module) -> None:
+    """Give a layer, as a head that is also the embedding, a weight of its own: the LoRA is beside the layer alone."""
+    users = sum(weight is layer.weight for _, weight in model.named_parameters(remove_duplicate=False))
+    if users > 1:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def was_merged(folder: Path) -> bool:

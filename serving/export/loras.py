@@ -93,16 +93,16 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: Path) -> Iterator[Non
     except ImportError:
         raise ExportError("--loras: needs PEFT, which merges for the proof; run: pip install 'trivet[train]'") from None
     layers = {model.get_submodule(name) for name in adapter.updates}
-    weights = {layer.weight: layer.weight.data for layer in layers}
-    for weight, values in weights.items():
+    weights = {layer: (layer.weight, layer.weight.data) for layer in layers}
+    for weight, values in weights.values():
         weight.data = values.clone()
     lora_folder.apply(model, adapter.folder, base)
     lora_folder.merge(model, adapter.folder, base)
     try:
         yield
     finally:
-        for weight, values in weights.items():
-            weight.data = values
+        for layer, (weight, values) in weights.items():
+            layer.weight, weight.data = weight, values  # of a tied head the merged weight is another one
         del model.peft_config  # or the next one would be put beside it
 
 

@@ -331,6 +331,14 @@ def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir
     refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
 
 
+def test_an_adapter_of_a_head_that_is_also_the_embedding_leaves_the_embedding_as_it_was(model_dir, tmp_path):
+    base = model_dir("gpt2")
+    head = {"r": 2, "lora_alpha": 4, "target_modules": ["c_attn", "lm_head"]}
+    adapter = save_adapter(base, tmp_path / "head", **head)
+    assert export_model(base, tmp_path / "beside", Options(loras=(adapter,)))["passed"]
+    assert export_model(adapter, tmp_path / "merged")["passed"]
+
+
 @pytest.mark.parametrize("asked", ["", ",", "{news},"])
 def test_an_adapter_without_a_name_is_refused_and_not_left_out_in_silence(model_dir, adapters, tmp_path, trivet, asked):
     asked = asked.format(**adapters)
