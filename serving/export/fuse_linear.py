@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from serving.export.patterns import (
+    initializer,
     ints,
     is_weight,
     made_by,
@@ -158,11 +159,7 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 def _sizes(graph: ir.Graph, sizes: list[int]) -> ir.Value:
     name = "sizes_" + "_".join(map(str, sizes))
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.array(sizes, np.int64), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.initializers[name] = value
-    return graph.initializers[name]
+    return initializer(graph, ir.Tensor(np.array(sizes, np.int64), name=name))
 
 
 def straighten(model: ir.Model) -> None:
