@@ -8,6 +8,7 @@ import typer
 from launch import collecting, politeness
 from launch.disk_errors import naming
 from launch.onnxruntime_wheels import refuse_wheel_clash
+from serving.directory import BadInput
 
 app = typer.Typer()
 
@@ -62,6 +63,8 @@ def export(
     asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": folders}
     with naming(onnx_dir):
         if compare:
+            if explain:
+                raise BadInput("--explain: is of one graph; leave out --compare, or --explain")
             from launch.comparison import compare_formats
 
             raise typer.Exit(compare_formats(model, onnx_dir, quantize, data, **asked))
