@@ -47,6 +47,10 @@ def onnxruntime_version() -> str:
     return ort.__version__
 
 
+class RunFailed(RuntimeError):
+    """A run of the graph ended with an error of onnxruntime, whose first line is the message."""
+
+
 class Session:
     """One opened graph. `provider` is one of PROVIDERS, and is what really runs: never a silent fallback."""
 
@@ -76,7 +80,7 @@ class Session:
         try:
             session = _start(str(Path(folder) / GRAPH), provider, options, skipped)
         except NoKernel as error:
-            reason = str(error).partition("\n")[0]
+            reason = _first_line(error)
             raise BadInput(
                 f"{folder}: {provider} lacks an operator of this graph ({reason}); take another provider, or export it "
                 "for this one (--optimize-for, --dtype)"
@@ -84,7 +88,7 @@ class Session:
         except BadInput:
             raise
         except Exception as error:  # onnxruntime's own have no common class
-            reason = str(error).strip().partition("\n")[0]
+            reason = _first_line(error)
             raise BadInput(f"{folder}: onnxruntime cannot open its graph ({reason}); export the model again") from None
         return cls(session, provider, read_stacks(Path(folder)))
 
@@ -130,12 +134,25 @@ class Session:
         return binding
 
     def run(self, binding: Binding) -> None:
-        """Run once; when this returns, the bound logits and cache rows hold the result."""
-        self._session.run_with_iobinding(binding)
+        """Run once; when this returns, the bound logits and cache rows hold the result. Raises RunFailed."""
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own have no common class
+            raise RunFailed(_first_line(error)) from error
 
     def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Run once over memory of its own; return the outputs in the graph's order, in its number format."""
-        return self._session.run(None, dict(feeds))
+        """Run once over memory of its own; return the outputs in the graph's order, in its number format.
+
+        Raises RunFailed.
+        """
+        try:
+            return self._session.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime's own have no common class
+            raise RunFailed(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def node_providers(folder: Path, provider: str) -> Counter[tuple[str, str]]:
@@ -173,7 +190,7 @@ def why_not(graph: bytes, provider: str) -> str | None:
         check_provider(provider)
         _start(graph, provider, ort.SessionOptions())
     except Exception as error:  # onnxruntime's own have no common class
-        return str(error).strip().partition("\n")[0]
+        return _first_line(error)
     return None
 
 

@@ -14,7 +14,7 @@ from serving import verify_decoder, verify_module, verify_quantized, verify_rows
 from serving.directory import BadInput, check_files, identity, read_manifest
 from serving.manifest import check_fields
 from serving.proofs import append_verification, earlier_records
-from serving.session import Session, onnxruntime_version
+from serving.session import RunFailed, Session, onnxruntime_version
 from serving.tasks import TASKS
 
 RUN_CHECKS = {
@@ -55,7 +55,10 @@ def prove(folder: Path, provider: str = "cpu", *, progress: Callable[[str], None
     check_files(folder, manifest)
     check_fields(folder, manifest)
     run_checks = verify_quantized.run_checks if manifest.get("quantization") else RUN_CHECKS[manifest["task"]]
-    checks = run_checks(folder, manifest, Session.open(folder, provider=provider), report)
+    try:
+        checks = run_checks(folder, manifest, Session.open(folder, provider=provider), report)
+    except RunFailed as error:
+        checks = {"run": {"passed": False, "found": f"the graph cannot be run: {error}"}}
     failed = [f"{name}: {check['found']}" for name, check in checks.items() if not check["passed"]]
     return {
         "provider": provider,

@@ -31,7 +31,7 @@ from serving.forward import Forward, whole_texts
 from serving.manifest import Manifest
 from serving.request import Request, Sampling
 from serving.scheduler import Work
-from serving.session import Session
+from serving.session import RunFailed, Session
 
 CROWD_SLOTS = 4  # fewer than the prompts, so that rows are left and taken again
 CROWD_STEP_TOKENS = 16  # fewer than most prompts, so that they come in chunks
@@ -127,9 +127,12 @@ def check_logits(session: Session, manifest: Manifest, reference: Reference, *, 
     texts = [ids[:-1] for ids in reference.ids]
     differences = reference.differences()
     for start in range(0, len(texts), batch):
-        logits_BTV = whole_texts(
-            session, manifest, texts[start : start + batch], reference.loras[start : start + batch]
-        )
+        some = slice(start, start + batch)
+        try:
+            logits_BTV = whole_texts(session, manifest, texts[some], reference.loras[some])
+        except RunFailed as error:
+            tokens = max(map(len, texts[some]))
+            return {"passed": False, "found": f"texts of {tokens} tokens, {batch} to a run, cannot be run: {error}"}
         for index, logits_TV in enumerate(logits_BTV, start):
             expected_TV, end = reference.logits_TV[index], len(texts[index])
             for position, expected_V in enumerate(expected_TV, end - len(expected_TV)):
@@ -150,7 +153,7 @@ def check_far(
         differences = reference.differences()
         behind = differences.behind_tie(reference.far_margins_T, len(ids))
         differences.add(forward.chunk(Work(request, 0, len(ids)))[0], expected_V, behind_tie=behind)
-    except Exception as error:  # onnxruntime's own have no common class
+    except Exception as error:  # the cache may not fit either
         return {"passed": False, "found": f"position {start} cannot be run: {str(error).strip().partition(chr(10))[0]}"}
     return differences.check(positions=len(request.prompt_ids))
 

@@ -45,7 +45,7 @@ def rms_norms(model: ir.Model) -> None:
         scaled = only_user(end, "Mul")
         if scaled is None:
             continue
-        scale = next((s for each in scaled.inputs if (s := _scale(graph, each)) is not None), None)
+        scale = next((s for each in scaled.inputs if (s := _scale(graph, each, rows)) is not None), None)
         if scale is not None:
             end = _end_of(scaled.outputs[0], rows)
             put(graph, end, _NORMS[0], [rows, scale], axis=-1, epsilon=epsilon, stash_type=1)
@@ -71,7 +71,11 @@ def _end_of(scaled: ir.Value, rows: ir.Value) -> ir.Value:
     return down.outputs[0] if down is not None and scaled.dtype != rows.dtype else scaled
 
 
-def _scale(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
+def _scale(graph: ir.Graph, value: ir.Value, rows: ir.Value) -> ir.Value | None:
+    """Return what rows are scaled by, in their type where it was cast to another."""
+    cast = made_by(value, "Cast")
+    if cast is not None and is_weight(cast.inputs[0], 1):  # in half precision, where the model scales in fp32
+        return value if value.dtype == rows.dtype else cast.inputs[0]
     if is_weight(value, 1):
         return value
     found = operands(made_by(value, "Add"), is_number(1.0))

@@ -15,13 +15,16 @@ import numpy as np
 import onnx_ir as ir
 
 from serving.checks import Check
+from serving.export.loras import write_stacks
 from serving.export.options import Dtype
 from serving.export.patterns import ByRows
 from serving.export.same_graph import compare, rounded
 from serving.export.written import replace_graph
+from serving.loras import read_stacks
 from serving.session import GRAPH
 
 EVIDENCE = "same_graph"  # the name, among the checks, of the comparison of the two graphs
+_FORMATS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def halve_written(folder: Path, dtype: Dtype, write: Callable[[Path], Any]) -> dict[str, Check]:
@@ -40,6 +43,8 @@ def halve_written(folder: Path, dtype: Dtype, write: Callable[[Path], Any]) -> d
             return
         for mine, proven in constants.items():
             mine.const_value = _rounded(mine, proven)
+        if stacks := read_stacks(folder):  # of adapters, which the graph does not hold
+            write_stacks({name: rounded(each, _FORMATS[dtype]) for name, each in stacks.items()}, path.parent)
         path.with_name(f"{GRAPH}.data").unlink(missing_ok=True)
         ir.save(half, path, external_data=f"{GRAPH}.data")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.numpy import save
@@ -117,9 +118,15 @@ def stacks_as_inputs(model: ir.Model, folder: Path) -> None:
     stacks = {}
     for name, value in list(model.graph.initializers.items()):
         if name.endswith((".lora_A", ".lora_B")):
-            tensor = value.const_value.numpy()
-            stacks[name] = tensor.view("uint16") if value.dtype == ir.DataType.BFLOAT16 else tensor
+            stacks[name] = value.const_value.numpy()
             del model.graph.initializers[name]
             value.const_value, value.shape = None, ir.Shape(["adapters", *value.shape[1:]])
             model.graph.inputs.append(value)
-    (folder / STACKS).write_bytes(save(stacks))
+    write_stacks(stacks, folder)
+
+
+def write_stacks(stacks: dict[str, np.ndarray], folder: Path) -> None:
+    """Write the adapters' stacks to `folder`: see serving/loras.py."""
+    half = ir.DataType.BFLOAT16.numpy()
+    plain = {name: values.view("uint16") if values.dtype == half else values for name, values in stacks.items()}
+    (folder / STACKS).write_bytes(save(plain))

@@ -153,6 +153,13 @@ def test_queries_keys_and_values_of_one_matrix_that_lie_by_heads_are_read_as_the
     assert not {"Cos", "Split", "Slice", "Transpose", "Reshape", "Concat", "RotaryEmbedding"} & nodes.keys()
 
 
+def test_a_norm_that_scales_in_fp32_is_one_node_in_half_precision_too(tmp_path, save_with_tokenizer):
+    model = save_decoder(tmp_path / "model", save_with_tokenizer, "cohere")
+    record = export_model(model, tmp_path / "onnx", Options(dtype="fp16"))
+    assert record["checks"]["same_graph"]["passed"]
+    assert record["passed"]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_a_mixture_has_one_operator_for_its_experts_and_never_a_copy_of_their_weights_for_each_token(exported, name):
     _, nodes = exported(name)

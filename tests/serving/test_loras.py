@@ -163,6 +163,34 @@ def test_adapters_in_fp16_and_in_standard_operators_pass_too(model_dir, adapters
         assert record["passed"]
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_adapters_in_half_precision_are_the_proven_ones_rounded(
+    model_dir, adapters, exported_loras, tmp_path, monkeypatch, dtype
+):
+    import ml_dtypes
+
+    from serving.export import loras
+    from serving.loras import read_stacks
+
+    real = loras.put_into
+
+    def wrong_in_half(model, asked, selection):
+        real(model, asked, selection)
+        if model.dtype != loras.torch.float32:
+            for module in model.modules():
+                if isinstance(module, loras.WithLoras):
+                    module.lora_B.data *= 1.02
+
+    monkeypatch.setattr("serving.export.graph.put_into", wrong_in_half)
+    options = Options(dtype=dtype, optimize_for="cuda", loras=tuple(adapters.values()))
+    export_model(model_dir("llama"), tmp_path / "onnx", options)
+    half, whole = read_stacks(tmp_path / "onnx"), read_stacks(exported_loras[0])
+    assert half.keys() == whole.keys()
+    for name in half:
+        expected = whole[name].astype(np.float16 if dtype == "fp16" else ml_dtypes.bfloat16)
+        assert np.array_equal(half[name], expected.view(half[name].dtype)), name
+
+
 @pytest.mark.parametrize("fault", ["scale", "rows swapped"])
 def test_a_wrong_adapter_fails_the_proof(exported_loras, tmp_path, failed_checks, reseal, fault):
     from safetensors.numpy import load_file, save_file

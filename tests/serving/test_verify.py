@@ -13,7 +13,7 @@ from serving.directory import BadInput, read_manifest, seal
 from serving.engine import Engine
 from serving.forward import Forward
 from serving.session import Session
-from serving.verify import verify
+from serving.verify import VerificationFailed, verify
 from serving.verify_decoder import Reference
 
 CHECKS = [
@@ -159,6 +159,29 @@ def test_a_run_that_fails_is_a_failed_proof(onnx_copy, monkeypatch, failed_check
 
     monkeypatch.setattr(Forward, "chunk", broken)
     assert failed_checks(onnx_copy) == ["logits_far_on", "tokens_one_by_one", "tokens_in_a_crowd"]
+
+
+def test_a_graph_that_ends_with_an_error_of_onnxruntime_fails_its_proof_with_that_error(
+    exported, text_model, tmp_path, change_graph
+):
+    from onnx import numpy_helper
+
+    def cut(graph):
+        """Leave too few positions, so that looking up those of longer texts is an error."""
+        [table] = [
+            each for each in graph.initializer if each.name.endswith(("wpe.weight", "position_embeddings.weight"))
+        ]
+        table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:12].copy(), table.name))
+
+    evidence = [
+        "of 24 tokens, 1 to a run, cannot be run: .*out of data bounds",
+        "run: the graph cannot be run: .*out of data bounds",
+    ]
+    for number, source in enumerate((exported("gpt2"), text_model("bert", "label")[1])):
+        folder = Path(shutil.copytree(source, tmp_path / str(number)))
+        change_graph(folder, cut)
+        with pytest.raises(VerificationFailed, match=evidence[number]):
+            verify(folder)
 
 
 # --- near ties -------------------------------------------------------------------------------------------------------
