@@ -7,7 +7,7 @@
 # make lint | format | types | clean
 #
 # PYTHON=python3.12       another interpreter (3.11 or newer)
-# WORKERS=2               tests in so many processes at a time; each takes up to 2 GB (0: in pytest's own)
+# WORKERS=4               tests in so many processes at a time (2; each takes up to 2 GB; 0: in pytest's own)
 # PIP_EXTRA_INDEX_URL=URL      an index with the small CPU build of torch, where you reach one
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # Tests that start groups of processes share one launch a mode and watch time limits: they come first, alone. The others
 # run file by file in WORKERS processes, or one after the other where that is 0.
-WORKERS ?= 0
+WORKERS ?= 2
 define TESTS
 	$(BIN)/pytest tests/distributed -m $(1)
 	$(BIN)/pytest --ignore=tests/distributed -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m $(1)

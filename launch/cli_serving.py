@@ -65,6 +65,8 @@ def export(
     asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": tuple(map(Path, folders))}
     with naming(onnx_dir):
         if compare:
+            if explain:
+                raise BadInput("--explain: is of one graph; leave out --compare, or --explain")
             from launch.comparison import compare_formats
 
             raise typer.Exit(compare_formats(model, onnx_dir, quantize, data, **asked))

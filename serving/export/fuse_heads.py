@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from serving.export.fuse_linear import linear_of
-from serving.export.patterns import ints, made_by, new_weight, nodes_of, only_user, take_over, weight_of
+from serving.export.patterns import initializer, ints, made_by, new_weight, nodes_of, only_user, take_over, weight_of
 
 
 def part_heads(model: ir.Model) -> None:
@@ -60,8 +60,4 @@ def _lay_out(
 def _shape(graph: ir.Graph, num_heads: int, head_dim: int) -> ir.Value:
     """Return the shape [B, T, H, D] for Reshape, the first two as they are."""
     name = f"heads_{num_heads}_{head_dim}"
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.array([0, 0, num_heads, head_dim], np.int64), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.initializers[name] = value
-    return graph.initializers[name]
+    return initializer(graph, ir.Tensor(np.array([0, 0, num_heads, head_dim], np.int64), name=name))

@@ -5,6 +5,7 @@ import onnx_ir as ir
 
 from serving.export.patterns import (
     ByRows,
+    initializer,
     ints,
     is_weight,
     made_by,
@@ -68,13 +69,11 @@ def _in_fp32(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
     weight = cast.inputs[0] if cast is not None else None
     if value is None or weight is None or not is_weight(weight, 2) or value.dtype != ir.DataType.FLOAT:
         return value
-    name = f"{weight.name}.fp32"
-    if name not in graph.initializers:
-        shape = ir.Shape(weight.const_value.shape.numpy())
-        lazy = ByRows(name, ir.DataType.FLOAT, shape, lambda some: weight_of(weight, some).astype(np.float32))
-        type_ = ir.TensorType(ir.DataType.FLOAT)
-        graph.initializers[name] = ir.Value(name=name, shape=shape, type=type_, const_value=lazy)
-    return graph.initializers[name]
+    shape = ir.Shape(weight.const_value.shape.numpy())
+    wide = ByRows(
+        f"{weight.name}.fp32", ir.DataType.FLOAT, shape, lambda some: weight_of(weight, some).astype(np.float32)
+    )
+    return initializer(graph, wide)
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:
@@ -175,11 +174,7 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 def _sizes(graph: ir.Graph, sizes: list[int]) -> ir.Value:
     name = "sizes_" + "_".join(map(str, sizes))
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.array(sizes, np.int64), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.initializers[name] = value
-    return graph.initializers[name]
+    return initializer(graph, ir.Tensor(np.array(sizes, np.int64), name=name))
 
 
 def straighten(model: ir.Model) -> None:

@@ -88,14 +88,18 @@ def put(
     **attributes: Any,
 ) -> ir.Node:
     """Put a new node before the maker of `old`, whose first output takes the place of `old` everywhere; return it."""
-    maker = old.producer()
-    assert maker is not None
     node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=num_outputs)
-    new = node.outputs[0]
-    new.shape, new.type = old.shape, old.type
-    graph.insert_before(maker, node)
-    take_over(old, new)
+    put_all(graph, old, [node])
     return node
+
+
+def put_all(graph: ir.Graph, old: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes before the maker of `old`; the first output of the last takes the place of `old` everywhere."""
+    maker, new = old.producer(), nodes[-1].outputs[0]
+    assert maker is not None
+    new.shape, new.type = old.shape, old.type
+    graph.insert_before(maker, nodes)
+    take_over(old, new)
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
@@ -122,7 +126,11 @@ class ByRows(ir.LazyTensor):
 
     def rows(self, rows: slice) -> np.ndarray:
         """Return some rows."""
-        return np.ascontiguousarray(self._compute(rows))
+        found = np.ascontiguousarray(self._compute(rows))
+        whole = self.shape.numpy()
+        asked = (len(range(*rows.indices(whole[0]))), *whole[1:])
+        assert found.shape == asked, f"{self.name}: {found.shape}, not {asked}"
+        return found
 
 
 def new_weight(
@@ -130,12 +138,17 @@ def new_weight(
 ) -> ir.Value:
     """Return an initializer of the type of `like`, of which `compute` returns rows when it is written."""
     assert like.const_value is not None
-    if name in graph.initializers:
-        return graph.initializers[name]
-    lazy = ByRows(name, like.const_value.dtype, ir.Shape(shape), compute)
-    value = ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(lazy.dtype), const_value=lazy)
-    graph.initializers[name] = value
-    return value
+    return initializer(graph, ByRows(name, like.const_value.dtype, ir.Shape(shape), compute))
+
+
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Return the initializer of the tensor's name: a new one that holds it if there is none."""
+    name = tensor.name
+    assert name, "an initializer has a name"
+    if name not in graph.initializers:
+        shape, kind = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+    return graph.initializers[name]
 
 
 def weight_of(value: ir.Value, rows: slice = slice(None)) -> np.ndarray:

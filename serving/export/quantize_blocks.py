@@ -29,11 +29,12 @@ def blocks(linear: Linear, bits: int) -> None:
     fitted, name = _Fitted(linear, bits), f"int{bits}"
     inputs = [
         linear.rows,
-        linear.constant(name, (num_outputs, num_blocks, block * bits // 8), np.uint8, fitted.weight),
-        linear.constant(f"{name}.scales", (num_outputs, num_blocks), np.float32, fitted.scales),
+        linear.constant(name, (num_outputs, num_blocks, block * bits // 8), ir.DataType.UINT8, fitted.weight),
+        linear.constant(f"{name}.scales", (num_outputs, num_blocks), ir.DataType.FLOAT, fitted.scales),
     ]
     if bits == 4:
-        inputs.append(linear.constant(f"{name}.zeros", (num_outputs, -(-num_blocks // 2)), np.uint8, fitted.zeros))
+        shape = (num_outputs, -(-num_blocks // 2))
+        inputs.append(linear.constant(f"{name}.zeros", shape, ir.DataType.UINT8, fitted.zeros))
     settings = {"K": linear.num_inputs, "N": num_outputs, "bits": bits, "block_size": block}
     settings["accuracy_level"] = INT8_ACTIVATIONS
     linear.replace([ir.node("MatMulNBits", inputs, settings, domain="com.microsoft")])
@@ -48,28 +49,29 @@ class _Fitted:
     @functools.cached_property
     def _fit(self) -> Fit:
         find = {8: fit_middle, 4: fit_span}[self._bits]
-        scales, zeros = zip(*(find(w_NGB, self._bits) for w_NGB in self._chunks()), strict=True)
+        scales, zeros = zip(*(find(w_NGB, self._bits) for w_NGB in self._chunks(slice(None))), strict=True)
         return np.concatenate(scales), np.concatenate(zeros)
 
-    def weight(self) -> np.ndarray:
-        """Return the packed weight, uint8 [N, G, B * bits / 8]."""
+    def weight(self, rows: slice) -> np.ndarray:
+        """Return rows of the packed weight, uint8 [N, G, B * bits / 8]."""
         found, first = [], 0
-        for w_NGB in self._chunks():
-            scales_NG, zeros_NG = (each[first : first + len(w_NGB)] for each in self._fit)
-            found.append(pack(numbers(w_NGB, scales_NG, zeros_NG, self._bits), self._bits))
+        scales_NG, zeros_NG = (each[rows] for each in self._fit)
+        for w_NGB in self._chunks(rows):
+            some = slice(first, first + len(w_NGB))
+            found.append(pack(numbers(w_NGB, scales_NG[some], zeros_NG[some], self._bits), self._bits))
             first += len(w_NGB)
         return np.concatenate(found)
 
-    def scales(self) -> np.ndarray:
-        """Return the scales [N, G]."""
-        return self._fit[0]
+    def scales(self, rows: slice) -> np.ndarray:
+        """Return rows of the scales [N, G]."""
+        return self._fit[0][rows]
 
-    def zeros(self) -> np.ndarray:
-        """Return the packed zero points."""
-        return pack(self._fit[1].astype(np.uint8), self._bits)
+    def zeros(self, rows: slice) -> np.ndarray:
+        """Return rows of the packed zero points."""
+        return pack(self._fit[1][rows].astype(np.uint8), self._bits)
 
-    def _chunks(self) -> Iterator[np.ndarray]:
-        matrix_NK = self._linear.matrix_NK()
+    def _chunks(self, rows: slice) -> Iterator[np.ndarray]:
+        matrix_NK = self._linear.matrix_NK()[rows]
         num_rows = max(1, CHUNK // matrix_NK.shape[1])
         for first in range(0, len(matrix_NK), num_rows):
             yield in_blocks(matrix_NK[first : first + num_rows], BLOCK[self._bits])

@@ -5,10 +5,13 @@ row does not depend on its neighbours. Activations are unsigned around 128, beca
 unsigned times signed. Shape letters: N outputs, K inputs.
 """
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 
-from serving.export.linear import Linear, lazy
+from serving.export.linear import Linear
+from serving.export.patterns import initializer
 
 LEVELS = 127  # to either side of zero, for weights and activations
 ZERO_POINT = 128
@@ -47,19 +50,29 @@ class Rows:
         return self._quantized[linear.rows]
 
     def _constant(self, name: str, value: np.generic | np.ndarray) -> ir.Value:
-        array = np.asarray(value)
-        return lazy(self._graph, f"quantize.{name}", array.shape, array.dtype.type, lambda: array)
+        return initializer(self._graph, ir.Tensor(np.asarray(value), name=f"quantize.{name}"))
 
 
 def _weight(linear: Linear) -> tuple[ir.Value, ir.Value]:
     """Return the weight in int8 [K, N], and the scale of each output [N]."""
+
+    @functools.cache
+    def scales_N() -> np.ndarray:
+        return row_scales(linear.matrix_NK())
+
+    def weight_KN(some: slice) -> np.ndarray:
+        return in_levels(linear.matrix_NK()[:, some], scales_N()).T
+
     shape = (linear.num_inputs, linear.num_outputs)
-    weight = linear.constant("int8", shape, np.int8, lambda: per_row(linear.matrix_NK())[0].T)
-    scales = linear.constant("scales", shape[1:], np.float32, lambda: per_row(linear.matrix_NK())[1])
-    return weight, scales
+    weight = linear.constant("int8", shape, ir.DataType.INT8, weight_KN)
+    return weight, linear.constant("scales", shape[1:], ir.DataType.FLOAT, lambda some: scales_N()[some])
 
 
-def per_row(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the matrix in int8 and the scale of each row, by which it is to be multiplied."""
-    scales = np.maximum(np.abs(matrix).max(axis=1) / np.float32(LEVELS), np.float32(SMALLEST))
-    return np.round(matrix / scales[:, None]).astype(np.int8), scales
+def row_scales(matrix: np.ndarray) -> np.ndarray:
+    """Return the scale of each row, by which its whole numbers are to be multiplied."""
+    return np.maximum(np.abs(matrix).max(axis=1) / np.float32(LEVELS), np.float32(SMALLEST))
+
+
+def in_levels(matrix: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the matrix in int8, given the scale of each row."""
+    return np.round(matrix / scales[:, None]).astype(np.int8)

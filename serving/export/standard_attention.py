@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
+from serving.export.patterns import initializer
+
 OPSET = 24
 
 
@@ -97,8 +99,4 @@ class _Shared:
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         name = f"attention.{array.ndim}.{'.'.join(map(str, array.flat))}"
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self._graph.initializers[name] = value
-        return self._graph.initializers[name]
+        return initializer(self._graph, ir.tensor(array, name=name))
