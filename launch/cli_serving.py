@@ -59,8 +59,10 @@ def export(
     politeness.check_hub_address()
     from launch.export import export
 
-    folders = tuple(Path(each.strip()) for each in (loras or "").split(",") if each.strip())
-    asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": folders}
+    folders = [] if loras is None else [each.strip() for each in loras.split(",")]
+    if "" in folders:
+        raise BadInput(f"--loras: {loras!r} names no folder at one place; accepted: DIR,DIR, or leave it out")
+    asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": tuple(map(Path, folders))}
     with naming(onnx_dir):
         if compare:
             if explain:

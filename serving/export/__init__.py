@@ -9,34 +9,28 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.checks import Check
-from serving.directory import identity, seal, staged
+from serving.directory import seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
 from serving.export.attention import ExportError
 from serving.export.experts import check_experts
 from serving.export.half import check_weights, hollow, watched
-from serving.export.halved import halve_written
 from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.loras import check_fits
 from serving.export.options import Dtype, Options
 from serving.export.plain_module import export_module
+from serving.export.proof import proven, require_passed
 from serving.export.providers import provider_of_proof
-from serving.export.quantized import quantize_written
 from serving.export.source import Attach, Source, find_model, open_source
 from serving.export.target import check_target, versions
 from serving.export.trace import quiet
 from serving.export.weights import check_vocabulary
-from serving.export.written import evidence
-from serving.proof_process import prove_apart
 from serving.proofs import append_verification
 from serving.session import GRAPH
-from serving.verify import VerificationFailed, prove
+from serving.verify import VerificationFailed
 
 __all__ = ["ExportError", "HeldOutRows", "Options", "VerificationFailed", "export_model", "export_module"]
-
-LARGE_BYTES = 256 << 20  # of a graph and its weights; below, starting a process costs more than it spares
 
 # Each has write_reference, write_graph and write_settings.
 EXPORTERS: dict[str, ModuleType] = {"causal_lm": decoder, **dict.fromkeys(HEADS, rows)}
@@ -74,9 +68,9 @@ def export_model(
     with staged(onnx_dir) as folder:
         _write(model, tokenizer, opened, options, held_out, folder, report)
         del model
-        record = _proven(folder, provider, opened, options, report)
+        record = proven(folder, provider, options, lambda path: _write_again(opened, options, path), report)
         append_verification(folder, record)
-        _require_passed(source, record)
+        require_passed(source, record)
     return record
 
 
@@ -132,6 +126,13 @@ def _write_graph(
     return EXPORTERS[opened.task].write_graph(model, opened, options, path)
 
 
+def _write_again(opened: Source, options: Options, path: Path) -> None:
+    """Write the nodes of the graph in the number format that is asked for, from the source read anew."""
+    with quiet():
+        model = opened.load()
+    _write_graph(model, opened, options, options.dtype, path)
+
+
 def _with_loras(source: Source, options: Options) -> Source:
     """Return the source with the adapters that are asked for. Raises ExportError for those that do not fit it."""
     if options.loras and (source.task != "causal_lm" or source.body != source.folder):
@@ -140,57 +141,6 @@ def _with_loras(source: Source, options: Options) -> Source:
     adapters = read_adapters(options.loras, source.folder, source.provenance["sha256"])
     check_fits(source.config, adapters)
     return replace(source, loras=adapters)
-
-
-def _proven(
-    folder: Path, provider: str | None, opened: Source, options: Options, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the record of the proof of what is to be published; without a provider, of its graph in fp32.
-
-    Where it is to be quantised or in half precision, the graph in fp32 is proven first, on the CPU, and rounded once
-    that has passed; where it has not, the record is that of fp32.
-    """
-    # A large model's proof has a process of its own, the second too: this one still holds what tracing took.
-    large = sum(path.stat().st_size for path in folder.glob(f"{GRAPH}*")) >= LARGE_BYTES
-    proof = prove_apart if large else prove
-    if options.quantization is None and options.dtype == "fp32":
-        assert provider is not None
-        return proof(folder, provider, progress=report)
-    when = f"before {'quantisation' if options.quantization else options.dtype}"
-    before = proof(folder, "cpu", progress=lambda stage: report(f"{when}: {stage}"))
-    if not before["passed"]:
-        return before | {"reason": f"{when}, in fp32: {before['reason']}"}
-    checks = {when.replace(" ", "_"): evidence(before), **_round(folder, opened, options, report)}
-    failed = next((check["found"] for check in checks.values() if not check["passed"]), None)
-    if failed is not None or provider is None:
-        reason = failed or f"its graph in fp32 is the source's, but nothing here runs {options.dtype}"
-        nowhere = {"provider": None, "identity": identity(folder), "passed": False}
-        return before | nowhere | {"reason": reason, "checks": checks}
-    record = proof(folder, provider, progress=report)
-    return record | {"checks": checks | record["checks"]}
-
-
-def _round(folder: Path, opened: Source, options: Options, report: Callable[[str], None]) -> dict[str, Check]:
-    """Make of the proven graph in fp32 the one that is asked for; return what shows that it was made of it."""
-    if options.quantization is not None:
-        report(f"quantising the graph to {options.quantization}")
-        quantize_written(folder, options.quantization)
-        return {}
-    report(f"writing the graph in {options.dtype}")
-    with quiet():
-        model = opened.load()
-    return halve_written(folder, options.dtype, lambda path: _write_graph(model, opened, options, options.dtype, path))
-
-
-def _require_passed(source: str | Path, record: dict[str, Any]) -> None:
-    """Raise VerificationFailed where something was compared and differs."""
-    if all(check["passed"] for check in record["checks"].values()):
-        return
-    error = VerificationFailed(
-        f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
-    )
-    error.record = record
-    raise error
 
 
 def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -89,28 +89,29 @@ class InPlaceAttention:
         if not self.past:
             return query.new_empty(batch, num_tokens, num_heads, value_dim), None
         # Zeros add nothing to the product of query and key; of a value they are cut off again.
-        query, key, value = (_widened(each, head_dim) for each in (query, key, value))
-        attributes = {
-            "num_heads": num_heads,
-            "kv_num_heads": key.shape[1],
-            "scale": float(scaling if scaling is not None else 1 / math.sqrt(key_dim)),
-        }
+        rows = [_widened(each, head_dim).transpose(1, 2).flatten(2) for each in (query, key, value)]
+        attributes = {"num_heads": num_heads, "kv_num_heads": key.shape[1]}
+        attributes["scale"] = float(scaling if scaling is not None else 1 / math.sqrt(key_dim))
         if sliding_window is not None:
             attributes["local_window_size"] = int(sliding_window)
         if softcap is not None:
             attributes["softcap"] = float(softcap)
-        query, key, value = (each.transpose(1, 2).flatten(2) for each in (query, key, value))
-        past_key, past_value = self.past[layer]
+        output = self._step(layer, rows, attributes)
+        return output.reshape(batch, num_tokens, num_heads, head_dim)[..., :value_dim], None
+
+    def _step(self, layer: int, rows: list[torch.Tensor], attributes: dict[str, Any]) -> torch.Tensor:
+        """Return what the operator answers to rows [B, T, heads * size], and note the buffers after it."""
+        past = self.past[layer]
         output, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (query, key, value, past_key, past_value, self.seqlens_k, self.total_length),
+            (*rows, *past, self.seqlens_k, self.total_length),
             attrs=attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=(query.shape, past_key.shape, past_value.shape),
+            dtypes=[each.dtype for each in (rows[0], *past)],
+            shapes=[each.shape for each in (rows[0], *past)],
             version=1,
         )
         self.present[layer] = tuple(present)
-        return output.reshape(batch, num_tokens, num_heads, head_dim)[..., :value_dim], None
+        return output
 
 
 def _widened(heads: torch.Tensor, size: int) -> torch.Tensor:

@@ -4,10 +4,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
 from serving.export.fuse_activations import biased_gelus, silus, tanh_gelus
-from serving.export.fuse_attention import packed_attention, rotaries
+from serving.export.fuse_attention import packed_attention
 from serving.export.fuse_heads import part_heads
 from serving.export.fuse_linear import gather_last, pack_alike, plain_matmuls, straighten
 from serving.export.fuse_norms import residual_norms, rms_norms
+from serving.export.fuse_rotary import rotaries
 from serving.export.patterns import sweep
 
 

@@ -130,18 +130,25 @@ def open_source(path: Path, attach: Attach | None = None) -> Source:
     pooling = read_pooling(body) if task == "embedding" else None
     if task in ("classification", "token_classification"):
         _check_labels(body, config, task)
-    facts = manifest or {}
     if manifest is not None and exportable.TASK_OF[manifest["objective"]] != task:
         raise ExportError(f"{folder}: {MANIFEST} says {manifest['objective']}, but config.json {architecture}")
-    provenance = {"path": str(path), "identity": identity(folder) if manifest else None}
-    provenance["sha256"] = fingerprint(body, folder if body != folder else None)
-    provenance |= {key: facts.get(key) for key in ("objective", "strategy", "step")}
-    trained_length = pooling.max_length if pooling else facts.get("max_length")
+    provenance = {"path": str(path), **_provenance(folder, body, manifest)}
+    trained_length = pooling.max_length if pooling else (manifest or {}).get("max_length")
     text_pair = _text_pair(task, manifest)
     attach = attach if is_unmerged else None
     return Source(
         folder, body, task, config, architecture, layers, trained_length, text_pair, pooling, provenance, attach
     )
+
+
+def _provenance(folder: Path, body: Path, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what an ONNX directory says of the model that it was made of."""
+    facts = manifest or {}
+    return {
+        "identity": identity(folder) if manifest else None,
+        "sha256": fingerprint(body, folder if body != folder else None),
+        **{key: facts.get(key) for key in ("objective", "strategy", "step")},
+    }
 
 
 def _body(folder: Path, is_unmerged: bool) -> Path:

@@ -294,14 +294,14 @@ def test_a_window_longer_than_the_prompts_that_is_forgotten_is_refused(
 def test_rotary_tables_that_are_wrong_beyond_the_prompts_are_refused(
     tmp_path, refused, save_with_tokenizer, monkeypatch
 ):
-    from serving.export import fuse_attention
+    from serving.export.rotary_tables import RotaryTables
 
-    write = fuse_attention._Tables._initializer
+    write = RotaryTables._initializer
 
     def cut(self, name, table, like):
         table = table.copy()
         table[400:] = 0
         return write(self, name, table, like)
 
-    monkeypatch.setattr(fuse_attention._Tables, "_initializer", cut)
+    monkeypatch.setattr(RotaryTables, "_initializer", cut)
     refused(long_mistral(tmp_path / "model", save_with_tokenizer), "published: logits_far_on: logits differ")

@@ -35,7 +35,7 @@ def test_what_the_proof_refuses_is_refused_here(onnx_copy):
 
 
 def test_a_proof_that_is_killed_is_told_and_publishes_nothing(model_dir, tmp_path, monkeypatch):
-    from serving import export
+    from serving.export import proof
 
     class Killed(subprocess.Popen):
         def __init__(self, *args, **kwargs):
@@ -43,18 +43,17 @@ def test_a_proof_that_is_killed_is_told_and_publishes_nothing(model_dir, tmp_pat
             self.send_signal(signal.SIGKILL)
 
     monkeypatch.setattr(proof_process.subprocess, "Popen", Killed)
-    monkeypatch.setattr(export, "LARGE_BYTES", 0)
+    monkeypatch.setattr(proof, "LARGE_BYTES", 0)
     with pytest.raises(BadInput, match="ended with -9, so nothing was published; is there too little memory"):
         export_model(model_dir("gpt2"), tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_large_model_is_proven_apart_and_published_or_not(model_dir, onnx_dir, tmp_path, monkeypatch):
-    from serving import export
-    from serving.export import decoder
+    from serving.export import decoder, proof
 
-    monkeypatch.setattr(export, "LARGE_BYTES", 0)
-    monkeypatch.setattr(export, "prove", None)
+    monkeypatch.setattr(proof, "LARGE_BYTES", 0)
+    monkeypatch.setattr(proof, "prove", None)
     assert export_model(model_dir("llama"), tmp_path / "onnx")["passed"]
 
     def another_graph(model, source, options, path):

@@ -102,10 +102,10 @@ def test_what_is_published_is_one_graph_whose_weights_were_proven_in_fp32(quanti
 
 
 def test_each_stage_is_told_and_a_large_model_is_proven_apart_both_times(quantized, tmp_path, monkeypatch):
-    from serving import export
+    from serving.export import proof
 
-    monkeypatch.setattr(export, "LARGE_BYTES", 0)
-    monkeypatch.setattr(export, "prove", None)
+    monkeypatch.setattr(proof, "LARGE_BYTES", 0)
+    monkeypatch.setattr(proof, "prove", None)
     model, stages = quantized("int8").parent / "model", []
     export_model(model, tmp_path / "onnx", Options(quantization="int8"), held_out=some_rows(), progress=stages.append)
     proofs = "".join("|" if "quantising the graph to int8" in stage else stage[:7] + "," for stage in stages[3:])
