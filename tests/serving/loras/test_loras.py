@@ -10,48 +10,9 @@ import pytest
 
 from serving.directory import BadInput, read_manifest
 from serving.engine import Engine
-from serving.export import ExportError, Options, VerificationFailed, export_model
+from serving.export import Options, VerificationFailed, export_model
 from serving.request import Request, Sampling
 from serving.verify import verify
-
-# Different ranks, scales and targets.
-SETTINGS = {
-    "news": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-    "poems": {"r": 2, "lora_alpha": 6, "use_rslora": True, "target_modules": ["down_proj", "q_proj", "lm_head"]},
-    "laws": {
-        "r": 3,
-        "lora_alpha": 3,
-        "target_modules": "all-linear",
-        "rank_pattern": {"o_proj": 5},
-        "alpha_pattern": {"layers.1.mlp.up_proj": 9},
-    },
-}
-
-
-def save_adapter(base: Path, folder: Path, *, seed: int = 0, **settings) -> Path:
-    """Save an adapter of random values, as PEFT does after training, and return its folder."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapters(model_dir, tmp_path_factory) -> dict[str, Path]:
-    """The folder of each adapter of the tiny Llama."""
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        name: save_adapter(model_dir("llama"), folder / name, seed=seed, **settings)
-        for seed, (name, settings) in enumerate(SETTINGS.items())
-    }
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +75,11 @@ def test_the_base_is_as_before_bit_for_bit_when_adapters_have_been_merged_into_i
 
 
 def test_rows_of_different_adapters_in_one_crowd_get_the_tokens_of_their_merged_models(
-    exported_loras, merged_tokens, prompts
+    exported_loras, merged_tokens, prompts, adapters
 ):
     folder, _ = exported_loras
     engine = Engine.open(folder, slots=4, step_tokens=7)
-    names = [None, *SETTINGS] * 3
+    names = [None, *adapters] * 3
     requests = [
         Request(str(number), ids, Sampling(max_new_tokens=6, ignore_end=True), name)
         for number, (ids, name) in enumerate(zip(prompts, names, strict=True))
@@ -138,7 +99,7 @@ def test_the_stacks_are_inputs_of_the_graph_with_the_true_scale(exported_loras, 
 
     folder, _ = exported_loras
     manifest, stacks = read_manifest(folder, "onnx"), load_file(folder / "loras.safetensors")
-    assert manifest["loras"] == list(SETTINGS)
+    assert manifest["loras"] == list(adapters)
     assert set(stacks) <= set(manifest["inputs"])
     assert "lora_index" in manifest["inputs"]
     for index, (name, scale) in enumerate({"news": 32 / 4, "poems": 6 / math.sqrt(2)}.items(), 1):
@@ -151,7 +112,7 @@ def test_the_stacks_are_inputs_of_the_graph_with_the_true_scale(exported_loras, 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_other_decoders_keep_adapters_too(model_dir, tmp_path, kind):
+def test_other_decoders_keep_adapters_too(model_dir, tmp_path, kind, save_adapter):
     targets = {"gpt2": ["c_attn", "mlp.c_proj"], "opt": ["q_proj", "fc1"]}[kind]
     adapter = save_adapter(model_dir(kind), tmp_path / "one", r=2, lora_alpha=8, target_modules=targets)
     assert export_model(model_dir(kind), tmp_path / "onnx", Options(loras=(adapter,)))["passed"]
@@ -243,147 +204,5 @@ def test_an_adapter_asked_of_a_model_without_any_is_refused(onnx_dir):
         Engine.open(onnx_dir).add(Request("1", [5], Sampling(), "news"))
 
 
-# --- refused before any work -----------------------------------------------------------------------------------------
-
-
-def refused(source: Path, folders: tuple[Path, ...], tmp_path: Path, message: str) -> None:
-    stages: list[str] = []
-    with pytest.raises(ExportError, match=message):
-        export_model(source, tmp_path / "onnx", Options(loras=folders), progress=stages.append)
-    assert stages == ["reading the model"]
-    assert not (tmp_path / "onnx").exists()
-
-
-def test_an_adapter_of_another_base_is_refused_naming_both(model_dir, save_model, adapters, tmp_path):
-    other = save_model(tmp_path / "other", "llama", seed=5)
-    mine = str(model_dir("llama"))
-    refused(other, (adapters["news"],), tmp_path, rf"news was trained on {mine}, not on {other}")
-
-
-def changed_config(adapter: Path, folder: Path, **changes) -> Path:
-    shutil.copytree(adapter, folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
-def test_a_base_that_is_not_here_is_not_known_by_its_name(model_dir, save_model, adapters, tmp_path):
-    gone = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="/gone/llama")
-    assert model_dir("llama").name == "llama"
-    message = (
-        f"a was trained on /gone/llama, which is not here to compare with {model_dir('llama')}; if they are the same"
-    )
-    refused(model_dir("llama"), (gone,), tmp_path, message)
-    unknown = changed_config(adapters["news"], tmp_path / "c", base_model_name_or_path=None)
-    refused(model_dir("llama"), (unknown,), tmp_path / "d", "c does not say which base it was trained on")
-
-
-def test_a_base_is_found_from_the_adapters_own_folder_too(model_dir, adapters, tmp_path):
-    shutil.copytree(model_dir("llama"), tmp_path / "base")
-    there = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path="../base")
-    assert export_model(model_dir("llama"), tmp_path / "onnx", Options(loras=(there,)))["passed"]
-
-
-def test_an_adapter_whose_layers_the_base_lacks_is_refused(model_dir, adapters, tmp_path):
-    named_so = changed_config(adapters["news"], tmp_path / "a", base_model_name_or_path=str(model_dir("gpt2")))
-    message = "updates model.layers.0.self_attn.q_proj, 32 x 32, but this model has no such linear layer"
-    refused(model_dir("gpt2"), (named_so,), tmp_path, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "has DoRA; accepted: plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, "has modules that were trained whole"),
-        ({"bias": "all"}, "has trained biases"),
-        ({"init_lora_weights": "pissa"}, "has a base changed by pissa"),
-        ({"peft_type": "IA3"}, "its peft_type is IA3; accepted: LORA"),
-    ],
-)
-def test_what_is_more_than_a_lora_is_refused(model_dir, adapters, tmp_path, changes, message):
-    refused(model_dir("llama"), (changed_config(adapters["news"], tmp_path / "a", **changes),), tmp_path, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_alpha": None}, "lora_alpha None; accepted: the number it was trained with"),
-        ({"lora_alpha": "x"}, "lora_alpha 'x'; accepted: the number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha nan; accepted: the number"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path 5; accepted: the folder of the base"),
-        ({"alpha_pattern": [1]}, r"alpha_pattern \[1\]; accepted: numbers by the names of layers"),
-        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', which is no pattern \(missing \)"),
-        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern has 'x' for 'q_proj'; accepted: a number"),
-    ],
-)
-def test_a_config_that_says_nothing_usable_is_refused_beside_its_base_and_alone(
-    model_dir, adapters, tmp_path, changes, message
-):
-    adapter = changed_config(adapters["news"], tmp_path / "a", **changes)
-    message = f"{adapter / 'adapter_config.json'}: {message}"
-    refused(model_dir("llama"), (adapter,), tmp_path, message)
-    refused(adapter, (), tmp_path, message)
-
-
-def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir, adapters, tmp_path):
-    again = Path(shutil.copytree(adapters["news"], tmp_path / "again" / "news"))
-    refused(model_dir("llama"), (adapters["news"], again), tmp_path, "are both called 'news'; rename one")
-    refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
-
-
-def test_adapters_over_a_classifier_or_over_another_adapter_are_refused(adapters, save_classifier, tmp_path):
-    classifier = save_classifier(tmp_path / "classifier", "bert")
-    refused(classifier, (adapters["news"],), tmp_path, "classifier is a model for classification; accepted: language")
-    refused(adapters["poems"], (adapters["news"],), tmp_path, "poems is an adapter over .*; accepted: language models")
-
-
 def test_a_directory_with_adapters_can_be_verified_elsewhere(exported_loras, tmp_path):
     assert verify(shutil.copytree(exported_loras[0], tmp_path / "copy"))["passed"]
-
-
-def merged_beside(adapter: Path, base: Path) -> Path:
-    """Put what the adapter and its base make into the folder around it, sealed, as a run leaves it; return that."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from serving.directory import seal
-
-    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
-    whole.save_pretrained(adapter.parent)
-    seal(adapter.parent, "model", objective="causal_lm", strategy="lora", labels=None, base_model=str(base), step=1)
-    return adapter.parent
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_base_that_changed_since_is_told_by_the_merged_weights_beside_the_adapter(model_dir, tmp_path, kind):
-    from safetensors.torch import load_file, save_file
-
-    base = Path(shutil.copytree(model_dir(kind), tmp_path / "base"))
-    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[kind]
-    adapter = tmp_path / "news" / "model" / "adapter"
-    run = merged_beside(save_adapter(base, adapter, r=2, lora_alpha=8, target_modules=targets), base)
-    assert export_model(base, tmp_path / "before", Options(loras=(tmp_path / "news",)))["passed"]
-    tensors = load_file(base / "model.safetensors")
-    name = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}[kind]
-    tensors[name] += 0.1
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ExportError, match=f"its base {base} has changed since: {name} is not what {run} was merged into"
-    ):
-        export_model(base, tmp_path / "onnx", Options(loras=(tmp_path / "news",)))
-    assert not (tmp_path / "onnx").exists()
-
-
-def test_a_run_whose_base_moved_is_proven_by_what_lies_beside_it_and_goes_with_no_other(
-    model_dir, save_model, tmp_path
-):
-    base = Path(shutil.copytree(model_dir("llama"), tmp_path / "a" / "model"))
-    adapter = save_adapter(base, tmp_path / "news" / "model" / "adapter", r=2, lora_alpha=8, target_modules=["q_proj"])
-    merged_beside(adapter, base)
-    base.rename(tmp_path / "moved")
-    options = Options(loras=(tmp_path / "news",))
-    assert export_model(tmp_path / "moved", tmp_path / "onnx", options)["passed"]
-    other = save_model(tmp_path / "b" / "model", "llama", seed=7)
-    with pytest.raises(ExportError, match=f"its base {other} has changed since: .* is not what"):
-        export_model(other, tmp_path / "other", options)
-    assert not (tmp_path / "other").exists()
