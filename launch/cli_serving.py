@@ -8,6 +8,7 @@ import typer
 from launch import collecting, politeness
 from launch.disk_errors import naming
 from launch.onnxruntime_wheels import refuse_wheel_clash
+from serving.directory import BadInput
 
 app = typer.Typer()
 
@@ -58,10 +59,14 @@ def export(
     politeness.check_hub_address()
     from launch.export import export
 
-    folders = tuple(Path(each.strip()) for each in (loras or "").split(",") if each.strip())
-    asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": folders}
+    folders = [] if loras is None else [each.strip() for each in loras.split(",")]
+    if "" in folders:
+        raise BadInput(f"--loras: {loras!r} names no folder at one place; accepted: DIR,DIR, or leave it out")
+    asked = {"dtype": dtype, "optimize_for": optimize_for, "loras": tuple(map(Path, folders))}
     with naming(onnx_dir):
         if compare:
+            if explain:
+                raise BadInput("--explain: is of one graph; leave out --compare, or --explain")
             from launch.comparison import compare_formats
 
             raise typer.Exit(compare_formats(model, onnx_dir, quantize, data, **asked))

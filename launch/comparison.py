@@ -53,11 +53,16 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
     _check_folder(onnx_dir, model, [*options])
     held_out = held_out_rows(model, data)
     lines = [exported(model, onnx_dir / name, each, held_out) for name, each in options.items()]
+    _tell("measuring speed and memory")
     measure(lines, onnx_dir)
     print_table(lines)
     plot(lines, onnx_dir / PLOT)
     Console(stderr=True).print(f"plotted: {onnx_dir / PLOT}", highlight=False, soft_wrap=True)
     return 0 if lines[0].refused is None else 1
+
+
+def _tell(stage: str) -> None:
+    print(f"export: {stage}", file=sys.stderr, flush=True)
 
 
 def _formats(quantize: str | None) -> list[str]:
@@ -85,9 +90,9 @@ def exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
     from trainer.strategies.adapter_files import load as attach
 
     started, line = time.perf_counter(), Line(folder.name)
-    print(f"export: {folder.name}", file=sys.stderr, flush=True)
+    tell = lambda stage: _tell(f"{folder.name}: {stage}")  # noqa: E731
     try:
-        record = export_model(model, folder, options, held_out=held_out, attach=attach)
+        record = export_model(model, folder, options, held_out=held_out, attach=attach, progress=tell)
     except VerificationFailed as error:
         record = error.record or {"checks": {}}
         failed = {name: check for name, check in record["checks"].items() if not check["passed"]}

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.endings import INTERRUPTED
 from serving.directory import BadInput, read_manifest
 from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
@@ -24,32 +25,45 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
 
     `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of; `data`: held-out text
     for what quantisation costs.
-    SIGTERM ends it as Ctrl-C does: with nothing half-written.
+    SIGTERM ends it as Ctrl-C does: with nothing half-written, and 130.
     """
-    from launch.held_out import held_out_rows, refuse_data
-    from serving.export import Options, export_model
-    from trainer.strategies.adapter_files import load as attach
-
-    options = Options(**asked)
-    if options.quantization is None:
-        refuse_data(data)
-    held_out = held_out_rows(model, data) if options.quantization else None
+    if "," in (asked.get("quantization") or ""):
+        formats = asked["quantization"]
+        raise BadInput(f"--quantize {formats}: an export has one format; give one, or add --compare for each of them")
     console = Console(stderr=True)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with console.status("export") as status:
-            show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
-            tell = lambda stage: show(f"export: {stage}")  # noqa: E731
-            record = export_model(model, onnx_dir, options, held_out=held_out, attach=attach, progress=tell)
+        record = _exported(model, onnx_dir, asked, data, console)
     except VerificationFailed as error:
         return _failed(error)
+    except KeyboardInterrupt:
+        print(f"export: stopped; nothing was written to {onnx_dir}", file=sys.stderr)
+        return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, former)
-    for line in _what_next(onnx_dir, options.optimize_for, record):
+    for line in _what_next(onnx_dir, asked.get("optimize_for", "cpu"), record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain and record["provider"] is not None:
         print_explanation(onnx_dir, record["provider"])
     return 0
+
+
+def _exported(
+    model: Path, onnx_dir: Path, asked: dict[str, Any], data: Path | None, console: Console
+) -> dict[str, Any]:
+    """Export, and say on `console` what is being done; return the record of the proof."""
+    with console.status("export: loading torch and transformers") as status:
+        from launch.held_out import held_out_rows, refuse_data
+        from serving.export import Options, export_model
+        from trainer.strategies.adapter_files import load as attach
+
+        options = Options(**asked)
+        if options.quantization is None:
+            refuse_data(data)
+        held_out = held_out_rows(model, data) if options.quantization else None
+        show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
+        tell = lambda stage: show(f"export: {stage}")  # noqa: E731
+        return export_model(model, onnx_dir, options, held_out=held_out, attach=attach, progress=tell)
 
 
 def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from serving.export.patterns import (
+    ByRows,
     initializer,
     ints,
     is_weight,
@@ -44,6 +45,7 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
     flat = made_by(before, "Reshape")
     settings = {name: each.value for name, each in gemm.attributes.items()}
     is_plain = settings.get("alpha", 1) == 1 == settings.get("beta", 1) and not settings.get("transA")
+    weight = _in_fp32(graph, weight)
     if not is_plain or not is_weight(weight, 2):
         return
     if settings.get("transB"):
@@ -59,6 +61,19 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> None:
         take_over(product, added.outputs[0])  # also where the product is an output of the graph: a head's bias
         added.replace_input_with(0, product)
         product.name = product.name or f"{added.outputs[0].name}.without_bias"
+
+
+def _in_fp32(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
+    """Return a weight in fp32 for one that a model in half precision casts to it, as some do to route to experts."""
+    cast = made_by(value, "Cast")
+    weight = cast.inputs[0] if cast is not None else None
+    if value is None or weight is None or not is_weight(weight, 2) or value.dtype != ir.DataType.FLOAT:
+        return value
+    shape = ir.Shape(weight.const_value.shape.numpy())
+    wide = ByRows(
+        f"{weight.name}.fp32", ir.DataType.FLOAT, shape, lambda some: weight_of(weight, some).astype(np.float32)
+    )
+    return initializer(graph, wide)
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:

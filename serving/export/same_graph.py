@@ -61,7 +61,8 @@ class _Comparison:
                     yield f"{one.op_type} {one.name} reads another input {index} than in fp32, where it is {read}"
             self._same |= zip(one.outputs, other.outputs, strict=True)
         for mine, its in zip_longest(self._half.outputs, self._whole.outputs):
-            if not self._same_value(_uncast(mine), _uncast(its)):
+            same_name = mine is not None and its is not None and mine.name == its.name
+            if not same_name or not self._same_value(_uncast(mine), _uncast(its)):
                 yield f"the output {(mine or its).name} is another than in fp32"
 
     def _same_value(self, one: ir.Value | None, other: ir.Value | None) -> bool:

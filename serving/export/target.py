@@ -5,6 +5,7 @@ from pathlib import Path
 
 from serving.directory import DirectoryError, read_manifest
 from serving.export.attention import ExportError
+from serving.exportable import instead_of_onnx
 from serving.session import onnxruntime_version
 
 
@@ -24,7 +25,8 @@ def check_target(onnx_dir: Path, model_dir: Path | None = None) -> None:
         try:
             read_manifest(onnx_dir, "onnx")
         except DirectoryError as error:
-            raise ExportError(f"{error}; only an older ONNX directory is replaced: give a new folder") from None
+            found = str(error).removesuffix(instead_of_onnx(onnx_dir))
+            raise ExportError(f"{found}; only an older ONNX directory is replaced: give a new folder") from None
 
 
 def versions() -> dict[str, str]:

@@ -87,8 +87,9 @@ def test_the_table_has_each_figure_beside_that_of_fp32(capsys, monkeypatch):
     [
         (["--data", "held_out.txt"], "--data: held_out.txt is only read for what quantisation costs; add --quantize"),
         (["--quantize", "int3"], "--quantize: 'int3' is unknown; accepted: int8, int8-weights, int4"),
-        (["--quantize", "int8,int4"], "--quantize: 'int8,int4' is unknown; accepted"),
+        (["--quantize", "int8,int4"], "--quantize int8,int4: an export has one format; give one, or add --compare for"),
         (["--compare"], "--compare: nothing to compare; name formats: --quantize int8"),
+        (["--quantize", "int8", "--compare", "--explain"], "--explain: is of one graph; leave out --compare"),
         (["--quantize", "int8,int5", "--compare"], "--quantize: 'int5' is unknown"),
         (["--quantize", "int8", "--dtype", "fp16"], "--quantize int8: is for the CPU"),
         (["--quantize", "int8", "--data", "none.txt"], "none.txt"),

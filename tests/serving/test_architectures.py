@@ -153,8 +153,11 @@ def test_queries_keys_and_values_of_one_matrix_that_lie_by_heads_are_read_as_the
     assert not {"Cos", "Split", "Slice", "Transpose", "Reshape", "Concat", "RotaryEmbedding"} & nodes.keys()
 
 
-def test_a_norm_that_scales_in_fp32_is_one_node_in_half_precision_too(tmp_path, save_with_tokenizer):
-    model = save_decoder(tmp_path / "model", save_with_tokenizer, "cohere")
+@pytest.mark.parametrize("name", ["cohere", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_norms_and_routers_that_cast_their_weights_to_fp32_are_exported_in_half_precision(
+    tmp_path, save_with_tokenizer, name
+):
+    model = save_decoder(tmp_path / "model", save_with_tokenizer, name)
     record = export_model(model, tmp_path / "onnx", Options(dtype="fp16"))
     assert record["checks"]["same_graph"]["passed"]
     assert record["passed"]

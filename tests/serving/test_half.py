@@ -12,7 +12,7 @@ import pytest
 from serving.directory import BadInput, DirectoryError, read_manifest
 from serving.engine import Engine
 from serving.export import ExportError, Options, VerificationFailed, export_model
-from serving.export.same_graph import rounded
+from serving.export.same_graph import compare, rounded
 from serving.request import Sampling
 from serving.verify import verify
 
@@ -247,6 +247,16 @@ def test_a_half_precision_graph_that_is_not_the_proven_one_is_refused(model_dir,
     spoil(fault, only="bf16")
     record = refused(model_dir("llama"), tmp_path / "onnx", HALVES["bf16"], evidence)
     assert record["checks"]["before_bf16"]["passed"]
+
+
+def test_a_half_precision_graph_whose_cache_comes_out_under_other_names_is_another(fp16_dir, onnx_dir):
+    half, whole = (ir.load(folder / "model.onnx").graph for folder in (fp16_dir, onnx_dir))
+    assert compare(half, whole)[0]["passed"]
+    one, other = half.outputs[1:3]
+    one.name, other.name = other.name, one.name
+    check, _ = compare(half, whole)
+    assert not check["passed"]
+    assert "is another than in fp32" in check["found"]
 
 
 def test_the_weights_are_the_proven_ones_rounded(fp16_dir, onnx_dir):

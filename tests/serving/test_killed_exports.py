@@ -123,3 +123,17 @@ def test_a_disk_that_is_full_when_the_weights_are_written_keeps_the_older_export
     assert list(tmp_path.iterdir()) == [target]
     check_files(target, read_manifest(target, "onnx"))
     Engine.open(target)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_says_so_and_keeps_the_older_one(
+    model_dir, onnx_dir, tmp_path, trivet, monkeypatch, number
+):
+    from serving.export import decoder
+
+    monkeypatch.setattr(decoder, "write_graph", lambda *_: os.kill(os.getpid(), number))
+    target = Path(shutil.copytree(onnx_dir, tmp_path / "onnx"))
+    code, _, err = trivet("export", model_dir("gpt2"), target)
+    assert (code, err.splitlines()[-1]) == (130, f"export: stopped; nothing was written to {target}")
+    assert list(tmp_path.iterdir()) == [target]
+    check_files(target, read_manifest(target, "onnx"))

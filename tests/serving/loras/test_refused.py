@@ -53,6 +53,15 @@ def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir
     refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
 
 
+@pytest.mark.parametrize("asked", ["", ",", "{news},"])
+def test_an_adapter_without_a_name_is_refused_and_not_left_out_in_silence(model_dir, adapters, tmp_path, trivet, asked):
+    asked = asked.format(**adapters)
+    code, out, err = trivet("export", model_dir("llama"), tmp_path / "onnx", "--loras", asked)
+    message = f"error: --loras: {asked!r} names no folder at one place; accepted: DIR,DIR, or leave it out\n"
+    assert (code, out, err) == (2, "", message)
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_adapters_over_a_classifier_or_over_another_adapter_are_refused(adapters, save_classifier, tmp_path, refused):
     classifier = save_classifier(tmp_path / "classifier", "bert")
     refused(classifier, (adapters["news"],), tmp_path, "classifier is a model for classification; accepted: language")
