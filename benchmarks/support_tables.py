@@ -3,7 +3,8 @@
     python benchmarks/support_tables.py
 
 Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20
-minutes) and tests/serving/test_injected_faults.py, and writes what they recorded to benchmarks/results/support.md.
+minutes on two CPU cores) and those of tests/serving/faults (a few minutes), which need no network, and writes what they
+recorded to benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
 """
 
 import importlib.metadata
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("fp32", "fp16", "int8", "int8-weights", "int4")
+TEMPORARY = re.compile(rf"{re.escape(str(Path(tempfile.gettempdir()).resolve()))}/[^\s'\",;:|)]+")
 TASKS = {
     "text": "text generation", "label": "one label of a text", "pair": "one label of a pair",
     "labels": "several labels", "number": "a number", "tags": "a label for each word",
@@ -26,7 +28,7 @@ TASKS = {
 
 
 def main() -> None:
-    support, faults = recorded("test_architectures.py", "slow"), recorded("test_injected_faults.py", "not slow")
+    support, faults = recorded("test_architectures.py", "slow"), recorded("faults", "not slow")
     text = "\n\n".join(
         ["# What is exported, and what is refused", about(), *support_table(support), fault_table(faults)]
     )
@@ -34,17 +36,24 @@ def main() -> None:
     print(text)
 
 
-def recorded(file: str, marked: str) -> dict[str, dict[str, str]]:
-    """Run the tests of a file that are marked so; return what each recorded. Ends the script where one failed."""
+def recorded(where: str, marked: str) -> dict[str, dict[str, str]]:
+    """Run the tests of tests/serving that are there and marked so; return what each recorded, if none failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{file}", "-m", marked, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{where}", "-m", marked, f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        return {
-            case.attrib["name"]: {each.attrib["name"]: each.attrib["value"] for each in case.iter("property")}
-            for case in cases
+        return properties(report)
+
+
+def properties(report: Path) -> dict[str, dict[str, str]]:
+    """Return what each test recorded, by its name; of a temporary path, only its last part."""
+    return {
+        case.attrib["name"]: {
+            each.attrib["name"]: TEMPORARY.sub(lambda path: Path(path.group()).name, each.attrib["value"])
+            for each in case.iter("property")
         }
+        for case in ElementTree.parse(report).getroot().iter("testcase")
+    }
 
 
 def support_table(found: dict[str, dict[str, str]]) -> list[str]:
