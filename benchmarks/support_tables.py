@@ -2,9 +2,9 @@
 
     python benchmarks/support_tables.py
 
-Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; about 20
-minutes on two CPU cores) and those of tests/serving/faults (a few minutes), which need no network, and writes what they
-recorded to benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
+Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; 51 minutes of
+one CPU core) and those of tests/serving/faults (a few minutes), which need no network, and writes what they recorded to
+benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
 """
 
 import importlib.metadata
