@@ -41,7 +41,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, former)
-    for line in _what_next(onnx_dir, asked.get("optimize_for", "cpu"), record):
+    for line in _what_next(onnx_dir, record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain and record["provider"] is not None:
         print_explanation(onnx_dir, record["provider"])
@@ -66,13 +66,14 @@ def _exported(
         return export_model(model, onnx_dir, options, held_out=held_out, attach=attach, progress=tell)
 
 
-def _what_next(onnx_dir: Path, provider: str, record: dict[str, Any]) -> list[str]:
+def _what_next(onnx_dir: Path, record: dict[str, Any]) -> list[str]:
     """Print the record, if anything could be verified here; return what is still to be done."""
     if record["provider"] is not None:
         print_record(onnx_dir, record)
+    manifest = read_manifest(onnx_dir, "onnx")
+    provider = manifest["optimize_for"]
     served_there = "" if provider == "cpu" else f" --provider {provider}"
     if record["provider"] == provider:
-        manifest = read_manifest(onnx_dir, "onnx")
         command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
         return [f"next: {command} {onnx_dir}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified: {record['reason']}"

@@ -23,7 +23,9 @@ class Differences:
     def __init__(self, tolerance: float, spread: float, dtype: str) -> None:
         self._tolerance, self._tie = tolerance, EXPERT_TIES[dtype]
         self._largest_excused = max(tolerance, EXPERT_TIE_TOLERANCE * spread)
-        self._strict, self._excused, self._squares, self._numbers = [0.0], [0.0], 0.0, 0
+        self._strict: list[float] = []
+        self._excused: list[float] = []
+        self._squares, self._numbers = 0.0, 0
 
     def behind_tie(self, margins_T: np.ndarray | None, end: int) -> bool:
         """Return whether one of the first `end` tokens of a text was a near tie between experts."""
@@ -42,22 +44,22 @@ class Differences:
     @property
     def largest(self) -> float:
         """The largest of those that are judged strictly."""
-        return max(self._strict)
+        return max(self._strict, default=0.0)
 
     @property
     def largest_excused(self) -> float:
         """The largest of the others."""
-        return max(self._excused)
+        return max(self._excused, default=0.0)
 
     def check(self, rms_tolerance: float | None = None, **facts: int) -> Check:
         """Return the check of all, and of the root of the mean square where a tolerance for it is given."""
-        near_ties = len(self._excused) - 1
+        near_ties = len(self._excused)
         if near_ties:
             facts["near_ties"] = facts.get("near_ties", 0) + near_ties
         check = graded(self.largest, self._tolerance, **facts)
         if rms_tolerance is not None:
             check = graded_mean(check, (self._squares / max(1, self._numbers)) ** 0.5, rms_tolerance)
-        too_many = near_ties > max(1, MOST_EXCUSED * (near_ties + len(self._strict) - 1))
+        too_many = near_ties > max(1, MOST_EXCUSED * (near_ties + len(self._strict)))
         if self.largest_excused > self._largest_excused or too_many:
             found = f"{check['found']}; behind near ties of experts {near_ties} by up to {self.largest_excused:.2e}"
             check |= {"passed": False, "found": f"{found}, accepted {self._largest_excused:.2e}"}

@@ -27,11 +27,6 @@ def use_operator(model: PreTrainedModel) -> None:
     model.set_experts_implementation(NAME)
 
 
-def has_experts(model: PreTrainedModel) -> bool:
-    """Whether the model has experts that answer through transformers' interface."""
-    return any(_is_routed(module) for module in model.modules())
-
-
 def check_experts(folder: Path, model: PreTrainedModel) -> None:
     """Raise ExportError for experts that are more than down(silu(gate(x)) * up(x)), or outside of the interface."""
     whole = f"{folder}: {type(model).__name__} cannot be exported"

@@ -5,6 +5,7 @@ import onnx_ir as ir
 
 from serving.export.patterns import (
     MICROSOFT,
+    cast_back,
     ints,
     is_number,
     is_weight,
@@ -47,7 +48,7 @@ def rms_norms(model: ir.Model) -> None:
             continue
         scale = next((s for each in scaled.inputs if (s := _scale(graph, each, rows)) is not None), None)
         if scale is not None:
-            end = _end_of(scaled.outputs[0], rows)
+            end = cast_back(scaled.outputs[0], rows)  # some models scale in fp32
             put(graph, end, _NORMS[0], [rows, scale], axis=-1, epsilon=epsilon, stash_type=1)
 
 
@@ -63,12 +64,6 @@ def _without_casts(product: ir.Node, rows: ir.Value) -> tuple[ir.Value, ir.Value
     if up is None:
         return product.outputs[0], rows
     return (down.outputs[0] if down is not None else product.outputs[0]), up.inputs[0]
-
-
-def _end_of(scaled: ir.Value, rows: ir.Value) -> ir.Value:
-    """Return the scaled rows in the type of `rows`: some models scale in fp32 and cast after it."""
-    down = only_user(scaled, "Cast")
-    return down.outputs[0] if down is not None and scaled.dtype != rows.dtype else scaled
 
 
 def _scale(graph: ir.Graph, value: ir.Value, rows: ir.Value) -> ir.Value | None:

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from serving.export.patterns import MICROSOFT, made_by, nodes_of, only_user, put, same_shape
+from serving.export.patterns import MICROSOFT, cast_back, made_by, nodes_of, put, same_shape
 from serving.export.rotary_tables import RotaryTables
 from serving.export.rotation import rotation_before, rotation_of
 from serving.export.slices import last_size
@@ -19,11 +19,10 @@ def rotaries(model: ir.Model, context_length: int) -> None:
         _rotate_inside(graph, attention, tables)
     for node in nodes_of(graph, "Add"):
         rotation = rotation_of(node.outputs[0])
-        found = tables.of(rotation) if rotation and rotation.heads_axis == 1 else None
-        back = only_user(node.outputs[0], "Cast")
-        result = node.outputs[0] if rotation is None or rotation.rows.dtype == node.outputs[0].dtype else back
-        result = result.outputs[0] if isinstance(result, ir.Node) else result
-        if rotation and found and result is not None:
+        if rotation is None or rotation.heads_axis != 1:
+            continue
+        found, result = tables.of(rotation), cast_back(node.outputs[0], rotation.rows)
+        if found and result.dtype == rotation.rows.dtype:
             positions = next(value for value in graph.inputs if value.name == "position_ids")
             rotated = [rotation.rows, positions, *found]
             pairs = int(rotation.of_neighbours)

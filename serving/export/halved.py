@@ -6,7 +6,6 @@ half precision, for which numbers stay in fp32 even then, as in norms; that grap
 proven weights, rounded one after the other while they are written.
 """
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,6 @@ def halve_written(folder: Path, dtype: Dtype, write: Callable[[Path], Any]) -> d
         ir.save(half, path, external_data=f"{GRAPH}.data")
 
     replace_graph(folder, write_rounded, dtype=dtype)
-    gc.collect()  # the old graph refers to itself, and would keep the removed weights mapped, in memory and on the disk
     return found
 
 

@@ -24,6 +24,12 @@ def only_user(value: ir.Value, *op_types: str) -> ir.Node | None:
     return users[0] if alone else None
 
 
+def cast_back(value: ir.Value, like: ir.Value) -> ir.Value:
+    """Return what `value` is cast to where its type is another than that of `like`; without such a cast, `value`."""
+    cast = only_user(value, "Cast") if value.dtype != like.dtype else None
+    return cast.outputs[0] if cast is not None else value
+
+
 def operands(node: ir.Node | None, found: Callable[[ir.Value], Any]) -> tuple[Any, ir.Value] | None:
     """Return what `found` finds of one operand of a node of two, and the other operand; None if it finds nothing."""
     if node is None or len(node.inputs) != 2:

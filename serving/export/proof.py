@@ -13,7 +13,6 @@ from serving.directory import identity
 from serving.export.halved import halve_written
 from serving.export.options import Options
 from serving.export.quantized import quantize_written
-from serving.export.written import evidence
 from serving.proof_process import prove_apart
 from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove
@@ -43,7 +42,7 @@ def proven(
     before = proof(folder, "cpu", progress=lambda stage: report(f"{when}: {stage}"))
     if not before["passed"]:
         return before | {"reason": f"{when}, in fp32: {before['reason']}"}
-    checks = {when.replace(" ", "_"): evidence(before), **_round(folder, options, write_again, report)}
+    checks = {when.replace(" ", "_"): _evidence(before), **_round(folder, options, write_again, report)}
     failed = next((check["found"] for check in checks.values() if not check["passed"]), None)
     if failed is not None or provider is None:
         reason = failed or f"its graph in fp32 is the source's, but nothing here runs {options.dtype}"
@@ -51,6 +50,19 @@ def proven(
         return before | nowhere | {"reason": reason, "checks": checks}
     record = proof(folder, provider, progress=report)
     return record | {"checks": checks | record["checks"]}
+
+
+def _evidence(record: dict[str, Any]) -> Check:
+    """Return what the passed proof in fp32 found, as one check: the largest difference, and all its checks inside."""
+    compared = [check for check in record["checks"].values() if "max_abs_diff" in check]
+    worst = max(compared, key=lambda check: check["max_abs_diff"])
+    figures = {name: worst[name] for name in ("max_abs_diff", "tolerance")}
+    return {
+        "passed": record["passed"],
+        "found": f"the graph in fp32 is the source's: {worst['found']}",
+        **figures,
+        "checks": record["checks"],
+    }
 
 
 def _round(

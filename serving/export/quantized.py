@@ -5,7 +5,6 @@ an adapter that was never merged costs less perplexity than int4 may. So the exp
 as it would be published, and only then `quantize_written` puts the quantised form of that very file in its place.
 """
 
-import gc
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,4 +27,3 @@ def quantize_written(folder: Path, quantization: Quantization) -> None:
         ir.save(graph, path, external_data=f"{GRAPH}.data")
 
     replace_graph(folder, write, quantization=quantization)
-    gc.collect()  # the old graph refers to itself, and would keep the removed weights mapped, in memory and on the disk

@@ -92,10 +92,15 @@ def _answer(
     return found if margins is None else found | {f"margins.{index}": margins.numpy()}
 
 
-def _logits(model: PreTrainedModel, ids: list[int], source: Source) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits at every token, and how close each came to other experts, if there are any."""
+def _logits(
+    model: PreTrainedModel, ids: list[int], source: Source, **behind: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the logits at every token, and how close each came to other experts, if there are any.
+
+    `behind`: the arguments of the model that say which past the tokens have, if they have one.
+    """
     with torch.no_grad(), Routing(len(ids)) as routing:
-        logits = model(input_ids=torch.tensor([ids])).logits
+        logits = model(input_ids=torch.tensor([ids]), **behind).logits
     check_finite(logits, source)
     return logits[0].float(), routing.margins_T
 
@@ -115,11 +120,9 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
             keys, values = (torch.zeros(1, num_heads, start, size) for num_heads, size in shape.cached)
             past.update(keys, values, layer)
     positions = torch.arange(start, start + len(ids))[None]
-    with torch.no_grad(), Routing(len(ids)) as routing:
-        logits = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=past).logits
-    check_finite(logits, source)
-    found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[0, -1].float().numpy()}
-    return found if routing.margins_T is None else found | {"far.margins": routing.margins_T.numpy()}
+    logits, margins = _logits(model, ids, source, position_ids=positions, past_key_values=past)
+    found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[-1].numpy()}
+    return found if margins is None else found | {"far.margins": margins.numpy()}
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:

@@ -8,6 +8,8 @@ from itertools import zip_longest
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 
 from serving.checks import Check
 
@@ -27,14 +29,10 @@ def rounded(values: np.ndarray, format: ir.DataType) -> np.ndarray:
     """Return numbers in another format; what is finite stays so: the lowest number, of a mask, becomes the lowest."""
     if not format.is_floating_point() or values.dtype == format.numpy():
         return values
-    limits = ir.DataType.from_numpy(values.dtype), format
-    if limits[1].bitwidth >= limits[0].bitwidth:
+    if format.bitwidth >= ir.DataType.from_numpy(values.dtype).bitwidth:
         return values.astype(format.numpy())
-    largest = np.array(_LARGEST[format], values.dtype)
+    largest = np.array(torch.finfo(to_torch_dtype(format)).max, values.dtype)
     return np.where(np.isinf(values), values, np.clip(values, -largest, largest)).astype(format.numpy())
-
-
-_LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
 
 
 class _Comparison:
