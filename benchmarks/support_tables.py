@@ -2,9 +2,9 @@
 
     python benchmarks/support_tables.py
 
-Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; 51 minutes of
-one CPU core) and those of tests/serving/faults (a few minutes), which need no network, and writes what they recorded to
-benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
+Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; half an hour on
+two CPU cores, a test on each) and those of tests/serving/faults (a few minutes), which need no network, and writes what
+they recorded to benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
 """
 
 import importlib.metadata
@@ -18,6 +18,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of two processes: more would wait for each other
 FORMATS = ("fp32", "fp16", "int8", "int8-weights", "int4")
 TEMPORARY = re.compile(rf"{re.escape(str(Path(tempfile.gettempdir()).resolve()))}/[^\s'\",;:|)]+")
 TASKS = {
@@ -40,34 +41,41 @@ def recorded(where: str, marked: str) -> dict[str, dict[str, str]]:
     """Run the tests of tests/serving that are there and marked so; return what each recorded, if none failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{where}", "-m", marked, f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{where}", "-m", marked, "-n", "2"]
+        subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=True, env={**os.environ, **ONE_THREAD})
         return properties(report)
 
 
 def properties(report: Path) -> dict[str, dict[str, str]]:
-    """Return what each test recorded, by its name; of a temporary path, only its last part."""
-    return {
+    """Return what each test recorded, by its name, in alphabetical order; of a temporary path, only its last part."""
+    found = {
         case.attrib["name"]: {
             each.attrib["name"]: TEMPORARY.sub(lambda path: Path(path.group()).name, each.attrib["value"])
             for each in case.iter("property")
         }
         for case in ElementTree.parse(report).getroot().iter("testcase")
     }
+    return dict(sorted(found.items()))
 
 
 def support_table(found: dict[str, dict[str, str]]) -> list[str]:
     """Return the table of architectures, tasks and formats, and below it why something was refused."""
     lines = [f"| architecture | task | {' | '.join(FORMATS)} |", "|---" * (2 + len(FORMATS)) + "|"]
     reasons: dict[str, int] = {}
-    for test, outcomes in found.items():
-        if not outcomes:  # a test of something else
-            continue
-        task, name = re.fullmatch(r".*\[(.+?)-(.+)\]", test).groups()  # type: ignore[union-attr]
-        task, name = (task, name) if task in TASKS else (name, task)
+    for (name, task), outcomes in sorted(by_model(found).items()):
         cells = [cell(outcomes[each], reasons) for each in FORMATS]
         lines.append(f"| {name} | {TASKS[task]} | {' | '.join(cells)} |")
     return ["\n".join(lines), "\n".join(f"{number}. {reason}" for reason, number in reasons.items())]
+
+
+def by_model(found: dict[str, dict[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the outcomes by architecture and task, without the tests that record none."""
+    outcomes = {}
+    for test, facts in found.items():
+        if facts:
+            one, other = re.fullmatch(r".*\[(.+?)-(.+)\]", test).groups()  # type: ignore[union-attr]
+            outcomes[(other, one) if one in TASKS else (one, other)] = facts
+    return outcomes
 
 
 def cell(outcome: str, reasons: dict[str, int]) -> str:
