@@ -90,7 +90,9 @@ def run_checks(folder: Path, manifest: Manifest, session: Session, report: Calla
     checks["logits_one_by_one"] = check_outputs(session, manifest, reference, batch=1)
     checks["logits_padded_batch"] = check_outputs(session, manifest, reference, batch=len(reference.rows))
     report("verifying answers")
-    checks["answers"] = check_answers(task, reference)
+    # Failed already where no difference can be told.
+    seen = max(checks[name].get("max_abs_diff", 0.0) for name in ("logits_one_by_one", "logits_padded_batch"))
+    checks["answers"] = check_answers(task, reference, seen)
     return checks
 
 
@@ -126,10 +128,11 @@ def check_outputs(session: Session, manifest: Manifest, reference: Reference, *,
     return graded_mean(check, rms, reference.rms_tolerance)
 
 
-def check_answers(task: TextTask, reference: Reference) -> Check:
+def check_answers(task: TextTask, reference: Reference, seen: float) -> Check:
     """Compare what is answered to the texts, names and scores, with what the source's answers are by transformers.
 
-    A wrong name is excused where the source's own decision was a near tie.
+    A text with a wrong name is excused where one of the source's own decisions about it was a near tie, beside the
+    largest difference of outputs that was `seen`.
     """
     wrong, near_ties, differences = [], 0, [0.0]
     for case in reference.questions:
@@ -141,7 +144,7 @@ def check_answers(task: TextTask, reference: Reference) -> Check:
         difference, place = compare(answer, case["answer"])
         if not place:
             differences.append(difference)
-        elif case["margin"] < near_tie(reference.dtype, reference.tolerance):
+        elif case["margin"] < near_tie(reference.dtype, seen):
             near_ties += 1
         else:
             wrong.append(f"{case['text'][:40]!r}: {place}")
