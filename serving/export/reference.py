@@ -57,7 +57,7 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
     """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors."""
     prompts = _prompts(tokenizer, source.config.vocab_size, source.config.max_position_embeddings)
-    tensors: dict[str, np.ndarray] = {}
+    tensors = _far_answer(model, prompts[-1][:FAR_TOKENS], source)  # first: nothing else is kept in memory yet
     answered: list[list[int]] = []
     loras: list[str | None] = []
     for adapter in (None, *source.loras):
@@ -69,7 +69,6 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 tensors |= _answer(model, prompt, guess, index, source)
         answered += asked
         loras += [None if adapter is None else adapter.name] * len(asked)
-    tensors |= _far_answer(model, prompts[-1][:FAR_TOKENS], source)
     tensors["prompt_lengths"] = np.array([len(prompt) for prompt in answered])
     metadata = {
         "loras": json.dumps(loras),
@@ -85,22 +84,22 @@ def _answer(
 ) -> dict[str, np.ndarray]:
     """Return the greedy continuation of a prompt, which `guess` was in a padded batch, and the logits of both."""
     ids, (logits, margins) = guess, _logits(model, guess[:-1], source)
-    if logits[len(prompt) - 1 :].argmax(-1).tolist() != guess[len(prompt) :]:  # a near tie, or no model for padding
+    if logits[-NUM_NEW_TOKENS:].argmax(-1).tolist() != guess[len(prompt) :]:  # a near tie, or no model for padding
         [ids] = _generate(model, [prompt])
         logits, margins = _logits(model, ids[:-1], source)
-    found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits[-NUM_KEPT_LOGITS:].numpy()}
+    found = {f"ids.{index}": np.array(ids), f"logits.{index}": logits.numpy()}
     return found if margins is None else found | {f"margins.{index}": margins.numpy()}
 
 
 def _logits(
     model: PreTrainedModel, ids: list[int], source: Source, **behind: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits at every token, and how close each came to other experts, if there are any.
+    """Return the logits of the last NUM_KEPT_LOGITS tokens, and how close each token came to other experts, if any.
 
     `behind`: the arguments of the model that say which past the tokens have, if they have one.
     """
     with torch.no_grad(), Routing(len(ids)) as routing:
-        logits = model(input_ids=torch.tensor([ids]), **behind).logits
+        logits = model(torch.tensor([ids]), logits_to_keep=NUM_KEPT_LOGITS, use_cache=bool(behind), **behind).logits
     check_finite(logits, source)
     return logits[0].float(), routing.margins_T
 
