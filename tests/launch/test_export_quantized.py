@@ -1,7 +1,11 @@
 """`trivet export --quantize`, `--data` and `--compare`: what is measured on what, what is shown, what is refused."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +118,41 @@ def test_what_cannot_be_quantised_is_told_before_any_work(
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert message in err
     assert not Path("onnx").exists()
+
+
+def test_a_killed_comparison_is_made_again(model, text, tmp_path, trivet, monkeypatch):
+    folder = tmp_path / "formats"
+    left_behind, foreign = folder / ".int8.0123abcd.partial", folder / ".notes.0123abcd.partial"
+    left_behind.mkdir(parents=True)
+    monkeypatch.setattr("launch.comparison.measure", lambda lines, onnx_dir: None)
+    arguments = ("export", model, folder, "--quantize", "int8", "--compare", "--data", text)
+    code, _, err = trivet(*arguments)
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png", "fp32", "int8"]
+    foreign.mkdir()
+    assert "holds .notes.0123abcd.partial, which is of no comparison" in trivet(*arguments)[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_comparison_that_is_stopped_says_so(model, text, tmp_path, trivet, monkeypatch, number):
+    from serving.export import decoder
+
+    monkeypatch.setattr(decoder, "write_graph", lambda *_: os.kill(os.getpid(), number))
+    folder, former = tmp_path / "formats", signal.getsignal(signal.SIGTERM)
+    code, _, err = trivet("export", model, folder, "--quantize", "int8", "--compare", "--data", text)
+    assert (code, err.splitlines()[-1]) == (130, f"export: stopped; no format in {folder} is half-written")
+    assert list(folder.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_what_measures_leaves_ctrl_c_to_the_command_that_started_it():
+    code = "from launch import speed; speed.measures_of = lambda folder: {'texts/s': lambda: 1.0}; speed.main()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, "folder"], text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate("measure\n")
+    assert json.loads(out)["texts/s"] == 1
 
 
 def test_a_folder_of_other_things_takes_no_comparison(model, text, tmp_path, trivet):
