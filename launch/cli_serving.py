@@ -40,8 +40,8 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Held-out text for --quantize: .txt, or .jsonl with text (and label). Default: what the run held out, "
-            "else the Python standard library's own text.",
+            help="Held-out text for --quantize: .txt, or .jsonl with text (and label), messages, or prompt and "
+            "completion. Default: what the run held out, else the Python standard library's own text.",
         ),
     ] = None,
     compare: Annotated[

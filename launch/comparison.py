@@ -14,7 +14,8 @@ from rich.table import Table
 
 from launch.held_out import held_out_rows
 from launch.speed import PEAK
-from serving.directory import BadInput
+from launch.stopping import stopped, stopped_by_sigterm
+from serving.directory import BadInput, unfinished
 from serving.quality import figure
 from serving.verify import VerificationFailed
 
@@ -44,7 +45,16 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
     """Export fp32 and the formats named, print and plot what each costs and gains; return 0, or 1 if fp32 is refused.
 
     Each goes into a folder of `onnx_dir` with its name. Raises BadInput before any work.
+    SIGTERM ends it as Ctrl-C does: with no folder half-written, and 130.
     """
+    try:
+        with stopped_by_sigterm():
+            return _compared(model, onnx_dir, quantize, data, asked)
+    except KeyboardInterrupt:
+        return stopped("export", f"no format in {onnx_dir} is half-written")
+
+
+def _compared(model: Path, onnx_dir: Path, quantize: str | None, data: Path | None, asked: dict[str, Any]) -> int:
     from launch.comparison_plot import plot
     from serving.export import Options
 
@@ -73,12 +83,13 @@ def _formats(quantize: str | None) -> list[str]:
 
 
 def _check_folder(onnx_dir: Path, model: Path, names: list[str]) -> None:
-    """Raise BadInput where the folder holds anything but an earlier comparison."""
+    """Raise BadInput where the folder holds anything but an earlier comparison, whole or killed."""
     if onnx_dir.exists() and not onnx_dir.is_dir():
         raise BadInput(f"{onnx_dir}: is a file; give a folder to write to")
     if onnx_dir.resolve() == model.resolve():
         raise BadInput(f"{onnx_dir}: is the source; give a folder beside it")
-    accepted = {*names, BASE, "int8", "int8-weights", "int4", PLOT}
+    formats = {*names, BASE, "int8", "int8-weights", "int4"}
+    accepted = {PLOT, *formats, *(path.name for name in formats for path in unfinished(onnx_dir / name))}
     others = sorted(path.name for path in onnx_dir.iterdir() if path.name not in accepted) if onnx_dir.exists() else []
     if others:
         raise BadInput(f"{onnx_dir}: holds {others[0]}, which is of no comparison; give a new folder")

@@ -1,16 +1,14 @@
 """`trivet export` and `trivet verify`, and how a verification record is shown."""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.endings import INTERRUPTED
+from launch.stopping import stopped, stopped_by_sigterm
 from serving.directory import BadInput, read_manifest
 from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
@@ -31,16 +29,13 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
         formats = asked["quantization"]
         raise BadInput(f"--quantize {formats}: an export has one format; give one, or add --compare for each of them")
     console = Console(stderr=True)
-    former = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        record = _exported(model, onnx_dir, asked, data, console)
+        with stopped_by_sigterm():
+            record = _exported(model, onnx_dir, asked, data, console)
     except VerificationFailed as error:
         return _failed(error)
     except KeyboardInterrupt:
-        print(f"export: stopped; nothing was written to {onnx_dir}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, former)
+        return stopped("export", f"nothing was written to {onnx_dir}")
     for line in _what_next(onnx_dir, record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain and record["provider"] is not None:
@@ -115,10 +110,6 @@ def offer_verification(onnx_dir: Path, provider: str) -> None:
 def _failed(error: VerificationFailed) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def print_record(onnx_dir: Path, record: dict[str, Any]) -> None:

@@ -9,8 +9,11 @@ from serving.directory import BadInput
 
 if TYPE_CHECKING:
     from serving.export import HeldOutRows
+    from trainer.columns import Messages
+    from trainer.config import Columns
 
-NAMES = ("text", "text_pair", "label", "messages")
+NAMES = ("text", "text_pair", "label")
+ACCEPTED = "give each row a text, messages, or a prompt and a completion"
 MAX_ROWS = 20_000  # that are read; of them as many are used as need be, evenly spread
 
 Row = dict[str, Any]
@@ -45,25 +48,44 @@ def refuse_data(data: Path | None) -> None:
 
 
 def _of_file(path: Path) -> Iterator[Row]:
-    """Yield the rows of a data file with the columns as they are usually named."""
+    """Yield the rows of a data file with the columns as they are usually named, chats as the trainer reads them."""
+    from trainer.columns import place
     from trainer.data_files import read_rows
 
-    for row in read_rows(path):
-        if not isinstance(row.get("text"), str) and "messages" not in row:
-            raise BadInput(f"--data: {getattr(row, 'place', path)} has no text; give each row a text, or messages")
-        if "messages" in row and not _is_chat(row["messages"]):
-            raise BadInput(
-                f"--data: {getattr(row, 'place', path)}: messages is no chat; accepted: a list of {{role, content}}, "
-                "both of them text"
-            )
-        yield dict(row)
+    for index, row in enumerate(read_rows(path)):
+        named = {name: value for name, value in row.items() if value is not None}
+        if "messages" not in named and not isinstance(named.get("text"), str):
+            named["messages"] = _asked_and_answered(row, index)
+        elif "messages" in named:
+            named["messages"] = _chat(named["messages"], place(row, index))
+        if not isinstance(named.get("text"), str):
+            named.pop("text", None)
+        yield named
 
 
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-        for turn in messages
-    )
+def _chat(messages: Any, where: str) -> "Messages":
+    """Return a chat, which need not have an answer to learn from. Raises BadInput for what is none."""
+    from trainer.columns import turns_of
+
+    turns = turns_of(messages)
+    if not turns:
+        raise BadInput(
+            f"--data: {where}: messages is no chat; accepted: a list of {{role, content}}, both of them text"
+        )
+    return turns
+
+
+def _asked_and_answered(row: Row, index: int) -> "Messages":
+    """Return the chat of a prompt and a completion. Raises BadInput for a row without them."""
+    from trainer.columns import BadRow, chat_of, place
+    from trainer.config import Columns
+
+    if "prompt" not in row and "completion" not in row:
+        raise BadInput(f"--data: {place(row, index)} has no text; {ACCEPTED}")
+    try:
+        return chat_of({name: row[name] for name in ("prompt", "completion") if name in row}, index, Columns())
+    except BadRow as error:
+        raise BadInput(f"--data: {place(row, index)}: a row {error.reason}; {ACCEPTED}") from None
 
 
 def _of_run(path: Path) -> list[Row]:
@@ -74,19 +96,26 @@ def _of_run(path: Path) -> list[Row]:
 
     config = load(path, [], RunConfig)
     try:
-        held_out = read_splits(config.data, config.objective.takes, getattr(config.objective, "labels", None)).held_out
-        return list(_named(islice(held_out, MAX_ROWS), config.data))
+        takes = config.objective.takes
+        held_out = read_splits(config.data, takes, getattr(config.objective, "labels", None)).held_out
+        return list((_chats if takes == "sft" else _named)(islice(held_out, MAX_ROWS), config.data.columns))
     except BadInput as error:
         raise BadInput(f"{error}; or give held-out text with --data FILE") from None
 
 
-def _named(rows: Iterable[Row], columns: Any) -> Iterator[Row]:
+def _chats(rows: Iterable[Row], columns: "Columns") -> Iterator[Row]:
+    """Yield the chats that the trainer makes of the rows. Raises BadInput for a row without one."""
+    from trainer.columns import chat_of
+
+    for index, row in enumerate(rows):
+        yield {"messages": chat_of(row, index, columns)}
+
+
+def _named(rows: Iterable[Row], columns: "Columns") -> Iterator[Row]:
     """Yield the rows with our names for what `columns` says is in them."""
     for row in rows:
-        named = {
-            name: row.get(getattr(columns, name, None) or name) for name in ("text", "text_pair", "label", "messages")
-        }
-        words = row.get(getattr(columns, "tokens", None) or "tokens")
+        named = {name: row.get(getattr(columns, name) or name) for name in NAMES}
+        words = row.get(columns.tokens)
         if named["text"] is None and words is not None:
             named["text"] = words if isinstance(words, str) else " ".join(words)
         yield {name: value for name, value in named.items() if value is not None}

@@ -4,6 +4,7 @@
 """
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ Measure = Callable[[], float]
 
 def main() -> None:
     """Open the directory and measure for every line of standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this process ends it
     folder = Path(sys.argv[1])
     measures = measures_of(folder)
     for measure in measures.values():

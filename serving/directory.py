@@ -62,6 +62,11 @@ def staged(final: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def unfinished(final: Path) -> list[Path]:
+    """Return the folders beside `final` that calls of `staged` for it work in, or left behind when they were killed."""
+    return list(final.parent.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 8}.partial"))
+
+
 def publish(folder: Path, final: Path) -> None:
     """Fsync everything in `folder` and rename it to `final`, replacing an older `final` atomically."""
     for path in [*sorted(folder.rglob("*")), folder]:
@@ -217,16 +222,15 @@ def _make_partial(final: Path) -> tuple[Path, int]:
 
     Raises DirectoryError if it cannot be made.
     """
-    name = f".{glob.escape(final.name)}.{'[0-9a-f]' * 8}.partial"
     folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with _open(final.parent) as parent:
             _lock(parent, fcntl.LOCK_EX)  # or another process would find a new folder before it is locked
-            for left_behind in final.parent.glob(name):
-                with _open(left_behind) as descriptor:
+            for other in unfinished(final):
+                with _open(other) as descriptor:
                     if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                        shutil.rmtree(left_behind, ignore_errors=True)
+                        shutil.rmtree(other, ignore_errors=True)
             folder.mkdir()
             lock = os.open(folder, os.O_RDONLY)
             _lock(lock, fcntl.LOCK_EX)

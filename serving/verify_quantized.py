@@ -56,7 +56,8 @@ def _text_of_rows(folder: Path, manifest: Manifest, session: Session) -> dict[st
 def check_batch(session: Session, manifest: Manifest, rows: list[Row]) -> Check:
     """Compare what the graph says of texts alone, and in batches with others that are cut to their length."""
     differences, sizes, count = [], [], 0
-    for length in sorted({len(row.ids) for row in rows})[:: max(1, len(rows) // NUM_BATCHES)][:NUM_BATCHES]:
+    lengths = sorted({len(row.ids) for row in rows})
+    for length in sorted({lengths[len(lengths) * part // NUM_BATCHES] for part in range(NUM_BATCHES)}):
         batch = [_cut(row, length) for row in rows if len(row.ids) >= length][:BATCH_ROWS]
         alone = [run_rows(session, manifest, [row])[0] for row in batch]
         for mine, among_others in zip(alone, run_rows(session, manifest, batch), strict=True):

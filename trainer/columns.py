@@ -128,7 +128,7 @@ def chat_of(row: Row, index: int, data: Columns) -> Messages:
     """
     if data.messages not in row:
         return _pair(row, index, data)
-    messages = _turns(row[data.messages])
+    messages = turns_of(row[data.messages])
     if messages is None:
         problem = " holds no list of {role, content} with text; mend the row"
         reason = f"whose {data.messages!r} is no list of {{role, content}} with text"
@@ -141,6 +141,20 @@ def chat_of(row: Row, index: int, data: Columns) -> Messages:
         problem = " has no assistant turn to learn from; remove it"
         raise BadRow(row, index, "messages", problem, "with no assistant turn")
     return messages
+
+
+def turns_of(messages: Any) -> Messages | None:
+    """Return the turns as {role, content} with text, or None if they are not a chat."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        return None
+    turns = [
+        {"role": _ROLES.get(str(turn["from"])), "content": turn.get("value")}
+        if "from" in turn and "role" not in turn
+        else turn
+        for turn in messages
+    ]
+    well_formed = all(isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
+    return turns if well_formed else None
 
 
 def _labels_and_text_of(row: Row, index: int, data: Columns) -> object:
@@ -211,17 +225,3 @@ def _pair(row: Row, index: int, data: Columns) -> Messages:
         prompt = f"{prompt}\n\n{text_of(row, index, data, 'context')}"
     system = [] if data.system is None else [{"role": "system", "content": data.system}]
     return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def _turns(messages: Any) -> Messages | None:
-    """The turns as {role, content} with text, or None if they are not a chat."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        return None
-    turns = [
-        {"role": _ROLES.get(str(turn["from"])), "content": turn.get("value")}
-        if "from" in turn and "role" not in turn
-        else turn
-        for turn in messages
-    ]
-    well_formed = all(isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
-    return turns if well_formed else None

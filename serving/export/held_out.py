@@ -85,7 +85,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, held_out: HeldOutRows) -> Iterator[
             with refusing(f"--data: {held_out.origin}: the model's chat template refuses a row", "mend that row"):
                 ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
             yield ids
-        else:
+        elif "text" in row or "messages" in row:  # another says nothing
             lines.append(row["text"] if "text" in row else "\n".join(turn["content"] for turn in row["messages"]))
         num_chars += len(lines[-1]) if lines else 0
         if num_chars > MAX_CHARS:

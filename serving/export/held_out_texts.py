@@ -17,7 +17,7 @@ from serving.export.questions import question_of
 from serving.export.rows import input_names, write_settings
 from serving.export.source import Source
 from serving.quality import Tensors, log_likelihoods
-from serving.tasks.classifier import NUMBER
+from serving.tasks.classifier import NUMBER, SINGLE
 
 MAX_TEXTS = 1000
 MIN_TEXTS = 100  # of fewer, one text is more than the percent that a drop of accuracy may be
@@ -51,7 +51,7 @@ def answers(
         return ids, tensors | _masked_tokens(model, source, [inputs for _, inputs in chosen])
     tensors["outputs"] = np.concatenate([_said(model, source, inputs) for _, inputs in chosen])
     labels = [_number(source, row) for row, _ in chosen]
-    if source.task == "classification" and None not in labels:
+    if None not in labels:
         tensors["labels"] = np.array(labels, np.int32)
     return ids, tensors
 
@@ -101,9 +101,11 @@ def _said(model: PreTrainedModel, source: Source, inputs: Inputs) -> np.ndarray:
 
 
 def _number(source: Source, row: dict[str, Any]) -> int | None:
-    """Return the place of the row's label among the model's, where it is one name of these or its number."""
+    """Return the place of the row's label among the model's, where that gives one label a text and it is one name of
+    these or its number.
+    """
     label = row.get("label")
-    names = source.labels if source.task == "classification" else []
+    names = source.labels if source.task == "classification" and source.problem == SINGLE else []
     if str(label) in names:
         return names.index(str(label))
     if isinstance(label, int) and 0 <= label < len(names):

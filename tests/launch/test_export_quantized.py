@@ -1,6 +1,11 @@
 """`trivet export --quantize`, `--data` and `--compare`: what is measured on what, what is shown, what is refused."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +101,8 @@ def test_the_table_has_each_figure_beside_that_of_fp32(capsys, monkeypatch):
         (["--quantize", "int8", "--data", "empty.txt"], "empty.txt"),
         (["--quantize", "int8", "--data", "numbers.jsonl"], "numbers.jsonl, line 1 has no text; give each row a text"),
         (["--quantize", "int8", "--data", "chats.jsonl"], "chats.jsonl, line 1: messages is no chat; accepted: a list"),
+        (["--quantize", "int8", "--data", "empty.jsonl"], "empty.jsonl, line 1: messages is no chat; accepted: a list"),
+        (["--quantize", "int8", "--data", "asked.jsonl"], "asked.jsonl, line 1: a row without 'completion'; give each"),
     ],
 )
 def test_what_cannot_be_quantised_is_told_before_any_work(
@@ -105,10 +112,47 @@ def test_what_cannot_be_quantised_is_told_before_any_work(
     Path("empty.txt").write_text("")
     Path("numbers.jsonl").write_text('{"number": 5}\n')
     Path("chats.jsonl").write_text('{"messages": 5}\n')
+    Path("empty.jsonl").write_text('{"messages": []}\n')
+    Path("asked.jsonl").write_text('{"prompt": "How?"}\n')
     code, _, err = trivet("export", model, "onnx", *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert message in err
     assert not Path("onnx").exists()
+
+
+def test_a_killed_comparison_is_made_again(model, text, tmp_path, trivet, monkeypatch):
+    folder = tmp_path / "formats"
+    left_behind, foreign = folder / ".int8.0123abcd.partial", folder / ".notes.0123abcd.partial"
+    left_behind.mkdir(parents=True)
+    monkeypatch.setattr("launch.comparison.measure", lambda lines, onnx_dir: None)
+    arguments = ("export", model, folder, "--quantize", "int8", "--compare", "--data", text)
+    code, _, err = trivet(*arguments)
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png", "fp32", "int8"]
+    foreign.mkdir()
+    assert "holds .notes.0123abcd.partial, which is of no comparison" in trivet(*arguments)[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_comparison_that_is_stopped_says_so(model, text, tmp_path, trivet, monkeypatch, number):
+    from serving.export import decoder
+
+    monkeypatch.setattr(decoder, "write_graph", lambda *_: os.kill(os.getpid(), number))
+    folder, former = tmp_path / "formats", signal.getsignal(signal.SIGTERM)
+    code, _, err = trivet("export", model, folder, "--quantize", "int8", "--compare", "--data", text)
+    assert (code, err.splitlines()[-1]) == (130, f"export: stopped; no format in {folder} is half-written")
+    assert list(folder.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_what_measures_leaves_ctrl_c_to_the_command_that_started_it():
+    code = "from launch import speed; speed.measures_of = lambda folder: {'texts/s': lambda: 1.0}; speed.main()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, "folder"], text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate("measure\n")
+    assert json.loads(out)["texts/s"] == 1
 
 
 def test_a_folder_of_other_things_takes_no_comparison(model, text, tmp_path, trivet):
@@ -139,6 +183,69 @@ def test_a_run_is_measured_on_what_it_held_out(tmp_path):
     (tmp_path / "held.jsonl").unlink()
     with pytest.raises(BadInput, match=r"held\.jsonl.*; or give held-out text with --data FILE"):
         held_out_rows(run, None)
+
+
+PAIR = {"messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]}
+TURNS = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
+
+
+def save_sft_run(run: Path, rows: list[dict], columns: str = "") -> Path:
+    """Save what `trivet train` leaves of a run on chats that held `rows` out, but for its model."""
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    for part in ("train", "held"):
+        (run / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.yaml").write_text(
+        "run: {name: a, steps: 1}\nobjective: {type: sft}\n"
+        "model: {type: pretrained, path: base}\nstrategy: {type: full}\n"
+        f"data: {{type: files, train: {run}/train.jsonl, validation: {run}/held.jsonl {columns}}}\n"
+    )
+    return run
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "How?", "completion": "So."}, ""),
+        ({"messages": TURNS}, ""),
+        ({"conversations": TURNS}, ", messages: conversations"),
+        (
+            {"instruction": "How?", "input": "", "output": "So."},
+            ", prompt: instruction, context: input, completion: output",
+        ),
+    ],
+)
+def test_a_run_on_chats_is_measured_on_the_chats_that_it_was_trained_on(tmp_path, row, columns):
+    run = save_sft_run(tmp_path / "run", [row] * 3, columns)
+    assert list(held_out_rows(run, None).rows) == [PAIR] * 3
+
+
+def test_context_and_system_are_of_the_chat_and_a_row_without_one_is_told(tmp_path):
+    row, said = {"prompt": "How?", "completion": "So.", "with": "Tools."}, ", context: with, system: Be brief."
+    [found] = held_out_rows(save_sft_run(tmp_path / "run", [row], said), None).rows
+    assert [turn["content"] for turn in found["messages"]] == ["Be brief.", "How?\n\nTools.", "So."]
+    run = save_sft_run(tmp_path / "other", [{"number": 5}])
+    with pytest.raises(
+        BadInput, match=r"held\.jsonl, line 1 has no 'prompt'.*; or give held-out text with --data FILE"
+    ):
+        held_out_rows(run, None)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "How?", "completion": "So.", "text": None}, {"messages": TURNS}])
+def test_a_file_of_chats_is_read_as_the_trainer_reads_it(model, tmp_path, row):
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row) + "\n")
+    [found] = held_out_rows(model, tmp_path / "chats.jsonl").rows
+    assert {"messages": found["messages"]} == PAIR
+    assert "text" not in found
+
+
+def test_a_run_on_prompts_and_completions_is_exported(model, tmp_path, trivet):
+    run = save_sft_run(tmp_path / "run", [{"prompt": WORDS, "completion": f"{WORDS} {number}"} for number in range(9)])
+    shutil.copytree(model, run / "model", dirs_exist_ok=True)
+    code, _, err = trivet("export", run, tmp_path / "onnx", "--quantize", "int8")
+    assert code == 0, err
+    [record] = json.loads((tmp_path / "onnx" / "verification.json").read_text())["records"]
+    assert f"what {run} held out" in record["checks"]["quality"]["found"]
 
 
 def test_without_a_run_it_is_the_standard_librarys_text(model):

@@ -212,3 +212,4 @@ def test_held_out_text_is_taken_from_all_of_it_and_chats_by_their_template(save_
     chats = held_out._pieces(tokenizer, source, HeldOutRows([{"messages": turns}] * 9, "chats"))
     assert len(chats) == 9
     assert tokenizer.decode(chats[0]).startswith("<|im_start|>user\nthe list")
+    assert held_out._pieces(tokenizer, source, HeldOutRows([{}, *texts, {"label": 1}], "numbers")) == pieces

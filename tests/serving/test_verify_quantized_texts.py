@@ -9,8 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from serving import verify_quantized
 from serving.export import ExportError, HeldOutRows, Options, VerificationFailed, export_model
-from serving.tasks import Classifier, open_task
+from serving.tasks import Classifier, Row, open_task
 
 WORDS = "the quick brown fox returns list of lines in file def value import self class 12 7".split()  # noqa: SIM905
 LABELS = ["bad", "so-so", "good"]
@@ -92,6 +93,37 @@ def read_reference(folder):
     """Return the tensors of reference.safetensors, and its metadata."""
     with safe_open(folder / "reference.safetensors", framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([1 + number % 200 for number in range(872)], [(8, 1), (8, 51), (8, 101), (8, 151)]),
+        ([7, 7, 5], [(3, 5), (2, 7)]),
+    ],
+)
+def test_texts_are_batched_at_lengths_from_all_of_them(monkeypatch, lengths, expected):
+    shapes = []
+
+    def ones(session, manifest, rows):
+        shapes.append((len(rows), *{len(row.ids) for row in rows}))
+        return [np.ones(1)] * len(rows)
+
+    monkeypatch.setattr(verify_quantized, "run_rows", ones)
+    check = verify_quantized.check_batch(None, {}, [Row([0] * length, False) for length in lengths])
+    assert [shape for shape in shapes if shape[0] > 1] == expected
+    assert (check["passed"], check["rows"]) == (True, sum(count for count, _ in expected))
+
+
+@pytest.mark.parametrize("names", [["bad", "so-so", "good"], ["bad"]])
+def test_a_model_of_several_labels_is_not_held_to_one(save_text_model, tmp_path, monkeypatch, names):
+    """What it should say of a text is not known from one label, so what is decided otherwise counts."""
+    monkeypatch.setattr("serving.quality.ACCURACY_DROP_LIMIT", 0.2)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+    source = save_text_model(tmp_path / "model", "bert", "labels", hidden_size=64, intermediate_size=160, **labels)
+    rows = some_rows(label=lambda text: "bad")
+    record = export_model(source, tmp_path / "onnx", Options(quantization="int8-weights"), held_out=rows)
+    assert record["checks"]["quality"]["found"].startswith("decides otherwise than the source in ")
 
 
 def test_without_labels_what_is_decided_otherwise_counts(save_classifier, tmp_path, monkeypatch):

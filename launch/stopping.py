@@ -1,0 +1,30 @@
+"""How a command that leaves nothing half-written is stopped: by Ctrl-C, or by SIGTERM as if that were one."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from launch.endings import INTERRUPTED
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt in the block, as Ctrl-C does."""
+    former = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def stopped(command: str, left: str) -> int:
+    """Say that the command was stopped and what it left; return the exit code for that."""
+    print(f"{command}: stopped; {left}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
