@@ -32,8 +32,8 @@ def export(
         str | None,
         typer.Option(
             metavar="FORMAT[,FORMAT]",
-            help="int8 (weights and activations), int8-weights or int4 (weights, in blocks), for the CPU. Refused where "
-            "it costs too much on held-out text: perplexity x1.03 for int8, x1.10 for int4, 1 point of accuracy.",
+            help="int8 (weights and activations), int8-weights or int4 (weights, in blocks), for the CPU. Refused "
+            "where it costs too much on held-out text: perplexity x1.03 for int8, x1.10 for int4, 1 point of accuracy.",
         ),
     ] = None,
     data: Annotated[

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from launch.stopping import stopped, stopped_by_sigterm
 from serving.directory import BadInput, read_manifest
+from serving.loras import lora_names
 from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
 from serving.session import check_provider, onnxruntime_version
@@ -38,7 +39,9 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
         return stopped("export", f"nothing was written to {onnx_dir}")
     for line in _what_next(onnx_dir, record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if explain and record["provider"] is not None:
+    if explain and record["provider"] is None:
+        print("explain: nothing here runs this graph, so there is nothing to tell of who runs what", file=sys.stderr)
+    elif explain:
         print_explanation(onnx_dir, record["provider"])
     return 0
 
@@ -69,6 +72,8 @@ def _what_next(onnx_dir: Path, record: dict[str, Any]) -> list[str]:
     provider = manifest["optimize_for"]
     served_there = "" if provider == "cpu" else f" --provider {provider}"
     if record["provider"] == provider:
+        if names := lora_names(manifest):
+            return [f"next: trivet generate {onnx_dir} --lora {names[0]} --prompt ...{served_there}"]
         command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
         return [f"next: {command} {onnx_dir}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified: {record['reason']}"

@@ -177,10 +177,18 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise DirectoryError(f"{path}: missing, though {MANIFEST} lists it; make the directory again")
         if sha256(path) != expected:
             raise DirectoryError(f"{path}: altered since it was written (sha256 differs); make the directory again")
+    for path in unlisted(folder, manifest):
+        raise DirectoryError(f"{path}: {MANIFEST} does not list it; remove it, or make the directory again")
+
+
+def unlisted(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yield the files in `folder`, and in folders in it, that are not the directory's own, in order of their names."""
+    listed = manifest.get("files") or {}
     for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
         is_ours = path.name in (MANIFEST, VERIFICATION) or (path.name[0] == "." and path.suffix == ".partial")
-        if (path.is_symlink() or path.is_file()) and not is_ours and path.relative_to(folder).as_posix() not in listed:
-            raise DirectoryError(f"{path}: {MANIFEST} does not list it; remove it, or make the directory again")
+        if (path.is_symlink() or path.is_file()) and not is_ours and name not in listed:
+            yield path
 
 
 def foreign_weights(folder: Path) -> str:
@@ -209,9 +217,12 @@ def identity(folder: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the file's sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the file's sha256 in hex. Raises DirectoryError for a file that this user may not read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise DirectoryError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
 
 
 # --- the file system -------------------------------------------------------------------------------------------------

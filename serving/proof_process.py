@@ -5,6 +5,7 @@ The process runs this file and prints a line of JSON for each stage, and one for
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -38,9 +39,8 @@ def prove_apart(folder: Path, provider: str, *, progress: Callable[[str], None])
                     raise BadInput(said["refused"])
         finally:
             process.kill()
-    raise BadInput(
-        f"{folder}: its proof ended with {process.returncode}, so nothing was published; is there too little memory?"
-    )
+    why = "is there too little memory?" if process.returncode == -signal.SIGKILL else "what it said stands above"
+    raise BadInput(f"the process of the proof ended with {process.returncode}, so nothing was published; {why}")
 
 
 def main(folder: str, provider: str) -> None:

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from serving.directory import DirectoryError, read_manifest
+from serving.directory import DirectoryError, read_manifest, unlisted
 from serving.export.attention import ExportError
 from serving.exportable import instead_of_onnx
 from serving.session import onnxruntime_version
@@ -23,10 +23,12 @@ def check_target(onnx_dir: Path, model_dir: Path | None = None) -> None:
         raise ExportError(f"{onnx_dir}: is a file; give a folder to write to")
     if is_used:
         try:
-            read_manifest(onnx_dir, "onnx")
+            manifest = read_manifest(onnx_dir, "onnx")
         except DirectoryError as error:
             found = str(error).removesuffix(instead_of_onnx(onnx_dir))
             raise ExportError(f"{found}; only an older ONNX directory is replaced: give a new folder") from None
+        for path in unlisted(onnx_dir, manifest):
+            raise ExportError(f"{path}: no part of the export that is there, and would be lost; move it elsewhere")
 
 
 def versions() -> dict[str, str]:

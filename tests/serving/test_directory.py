@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.directory import DirectoryError, check_files, identity, seal, staged, write_json
+from serving.directory import DirectoryError, check_files, identity, seal, sha256, staged, write_json
 from serving.proofs import append_verification, require_verified
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +49,21 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(sealed):
     extra.symlink_to("/nowhere")
     with pytest.raises(DirectoryError, match="adapter/other"):
         check_files(sealed, listed)
+
+
+def test_a_file_that_may_not_be_read_is_named(sealed):
+    user, weights = os.geteuid(), sealed / "adapter" / "weights"
+    if user:
+        weights.chmod(0)
+    else:
+        os.seteuid(65534)  # who may not look into the tests' own folders
+    try:
+        with pytest.raises(
+            DirectoryError, match="weights: cannot be read \\(Permission denied\\); mend its permissions"
+        ):
+            sha256(weights)
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("files", [None, [], "x"])

@@ -309,8 +309,8 @@ def test_bf16_for_a_gpu_is_written_unverified_and_refused_until_it_is_verified_t
     types = types_of(folder)
     assert types["past_keys.0"] == types["model.model.embed_tokens.weight"] == TensorProto.BFLOAT16
     assert types["logits"] == TensorProto.FLOAT
-    fix = f"not verified on provider cpu; run: trivet verify {folder} --provider cpu"
-    with pytest.raises(DirectoryError, match=fix):
+    fix = f"no CPU runs bf16; on a machine with a GPU run: trivet verify {folder} --provider cuda"
+    with pytest.raises(DirectoryError, match=f"not verified on provider cpu; {fix}"):
         Engine.open(folder)
     with pytest.raises(BadInput, match=r"cpu lacks an operator of this graph .*NOT_IMPLEMENTED.*take another provider"):
         verify(folder)
@@ -330,8 +330,11 @@ def test_the_command_says_what_was_proven_where_and_what_is_still_to_do(model_di
     assert "verified on cpu" in " ".join(out.split())
     assert "verified on the CPU alone; it is refused on cuda until it is verified there" in err
     assert f"trivet verify {folder} --provider cuda" in err
-    code, out, err = trivet("export", model_dir("llama"), folder, "--dtype", "bf16", "--optimize-for", "cuda")
+    code, out, err = trivet(
+        "export", model_dir("llama"), folder, "--dtype", "bf16", "--optimize-for", "cuda", "--explain"
+    )
     assert (code, out) == (0, "")
+    assert "explain: nothing here runs this graph" in err
     assert f"{folder}: not verified: its graph in fp32 is the source's, but nothing here runs bf16" in err
     code, _, err = trivet("export", model_dir("llama"), folder, "--dtype", "fp8")
     assert (code, err) == (2, "error: --dtype: 'fp8' is unknown; accepted: fp32, fp16, bf16\n")

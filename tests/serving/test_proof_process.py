@@ -49,6 +49,13 @@ def test_a_proof_that_is_killed_is_told_and_publishes_nothing(model_dir, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_proof_that_ends_otherwise_is_told_without_a_guess(onnx_dir, monkeypatch):
+    monkeypatch.setattr(proof_process.sys, "executable", shutil.which("false"))
+    told = "the process of the proof ended with 1, so nothing was published; what it said stands above"
+    with pytest.raises(BadInput, match=f"^{told}$"):
+        prove_apart(onnx_dir, "cpu", progress=print)
+
+
 def test_a_large_model_is_proven_apart_and_published_or_not(model_dir, onnx_dir, tmp_path, monkeypatch):
     from serving.export import decoder, proof
 

@@ -93,6 +93,16 @@ def test_a_terminated_export_leaves_nothing_behind(model_dir, tmp_path, trivet, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "another/model.onnx"])
+def test_what_came_into_an_export_later_is_not_lost_with_it(model_dir, onnx_copy, name):
+    other = onnx_copy / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("kept")
+    with pytest.raises(ExportError, match=f"{name}: no part of the export that is there, and would be lost"):
+        export_model(model_dir("llama"), onnx_copy)
+    assert other.read_text() == "kept"
+
+
 def test_a_folder_that_is_no_onnx_directory_is_never_replaced(tmp_path, tiny_config, monkeypatch, bare_model):
     run = tmp_path / "run"
     run.mkdir()

@@ -209,6 +209,12 @@ def test_the_command_answers_by_the_adapter_that_is_named(exported_loras, trivet
     )
 
 
+def test_the_next_step_names_an_adapter(model_dir, adapters, tmp_path, trivet):
+    folder = tmp_path / "onnx"
+    code, _, err = trivet("export", model_dir("llama"), folder, "--loras", adapters["news"])
+    assert (code, err.splitlines()[-1]) == (0, f"next: trivet generate {folder} --lora news --prompt ...")
+
+
 def test_an_adapter_asked_of_a_model_without_any_is_refused(onnx_dir):
     with pytest.raises(BadInput, match="lora: 'news' found, but this model has none; export it with --loras"):
         Engine.open(onnx_dir).add(Request("1", [5], Sampling(), "news"))
