@@ -51,7 +51,7 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
         with stopped_by_sigterm():
             return _compared(model, onnx_dir, quantize, data, asked)
     except KeyboardInterrupt:
-        return stopped("export", f"no format in {onnx_dir} is half-written")
+        return stopped(f"export: stopped; no format in {onnx_dir} is half-written")
 
 
 def _compared(model: Path, onnx_dir: Path, quantize: str | None, data: Path | None, asked: dict[str, Any]) -> int:

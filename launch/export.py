@@ -36,7 +36,7 @@ def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | N
     except VerificationFailed as error:
         return _failed(error)
     except KeyboardInterrupt:
-        return stopped("export", f"nothing was written to {onnx_dir}")
+        return stopped(f"export: stopped; nothing was written to {onnx_dir}")
     for line in _what_next(onnx_dir, record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if explain and record["provider"] is None:

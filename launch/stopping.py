@@ -20,9 +20,9 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def stopped(command: str, left: str) -> int:
+def stopped(message: str) -> int:
     """Say that the command was stopped and what it left; return the exit code for that."""
-    print(f"{command}: stopped; {left}", file=sys.stderr)
+    print(message, file=sys.stderr)
     return INTERRUPTED
 
 
