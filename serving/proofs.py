@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving.directory import MANIFEST, VERIFICATION, DirectoryError, current, identity, write_json
+from serving.directory import VERIFICATION, DirectoryError, current, identity, read_manifest, write_json
 from serving.format_version import stamp
 
 
@@ -34,7 +34,7 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
 
     Raises Unproven when there is none or it is stale (other files, other onnxruntime), DirectoryError when it failed.
     """
-    fix = _repair(folder, provider)
+    fix = f"run: trivet verify {folder} --provider {provider}"
     try:
         records = _read_records(folder / VERIFICATION)
     except FileNotFoundError:
@@ -43,6 +43,8 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
         raise Unproven(f"{folder / VERIFICATION}: cannot be read ({error}); {fix}") from None
     mine = [record for record in records if record.get("provider") == provider]
     if not mine:
+        if provider == "cpu" and read_manifest(folder, "onnx").get("dtype") == "bf16":
+            fix = f"no CPU runs bf16; on a machine with a GPU run: trivet verify {folder} --provider cuda"
         raise Unproven(f"{folder}: not verified on provider {provider}; {fix}")
     newest = mine[-1]
     if not newest.get("passed"):
@@ -53,14 +55,6 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
         found = newest.get("onnxruntime")
         raise Unproven(f"{folder}: verified with onnxruntime {found}, this is {onnxruntime} (stale); {fix}")
     return newest
-
-
-def _repair(folder: Path, provider: str) -> str:
-    """Return what gives the directory a proof for this provider, or for the one that can run it."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if provider == "cpu" and manifest.get("dtype") == "bf16":
-        return f"no CPU runs bf16; on a machine with a GPU run: trivet verify {folder} --provider cuda"
-    return f"run: trivet verify {folder} --provider {provider}"
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

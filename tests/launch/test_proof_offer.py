@@ -54,6 +54,13 @@ def test_no_is_the_error_with_the_command(onnx_dir, asked):
     assert verified == []
 
 
+def test_a_folder_without_a_manifest_is_asked_about_and_no_crash(onnx_dir, asked):
+    (onnx_dir / "trivet.json").unlink()
+    asked("n\n")
+    with pytest.raises(Unproven, match="never verified"):
+        offer_verification(onnx_dir, "cpu")
+
+
 def test_a_failed_proof_is_not_offered_again(onnx_dir, asked):
     verified = asked("y\n")
     record = {"provider": "cpu", "onnxruntime": onnxruntime_version(), "identity": identity(onnx_dir), "passed": False}
