@@ -47,15 +47,14 @@ def recorded(where: str, marked: str) -> dict[str, dict[str, str]]:
 
 
 def properties(report: Path) -> dict[str, dict[str, str]]:
-    """Return what each test recorded, by its name, in alphabetical order; of a temporary path, only its last part."""
-    found = {
+    """Return what each test recorded, by its name; of a temporary path, only its last part."""
+    return {
         case.attrib["name"]: {
             each.attrib["name"]: TEMPORARY.sub(lambda path: Path(path.group()).name, each.attrib["value"])
             for each in case.iter("property")
         }
         for case in ElementTree.parse(report).getroot().iter("testcase")
     }
-    return dict(sorted(found.items()))
 
 
 def support_table(found: dict[str, dict[str, str]]) -> list[str]:
@@ -89,7 +88,7 @@ def cell(outcome: str, reasons: dict[str, int]) -> str:
 def fault_table(found: dict[str, dict[str, str]]) -> str:
     """Return the table of faults and of the evidence with which each was refused."""
     lines = ["| fault | refused with |", "|---|---|"]
-    for test, facts in found.items():
+    for test, facts in sorted(found.items()):
         name = test.partition("[")[2].rstrip("]") or test.removeprefix("test_").partition("[")[0]
         evidence = facts["evidence"].replace("|", "/")
         lines.append(f"| {name.replace('_', ' ')} | {evidence[:240]}{'...' if len(evidence) > 240 else ''} |")

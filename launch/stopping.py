@@ -13,7 +13,7 @@ from launch.endings import INTERRUPTED
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt in the block, as Ctrl-C does."""
-    former = signal.signal(signal.SIGTERM, _interrupt)
+    former = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
@@ -26,5 +26,6 @@ def stopped(message: str) -> int:
     return INTERRUPTED
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Answer a signal as Python answers Ctrl-C."""
     raise KeyboardInterrupt

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -18,6 +17,7 @@ from rich.progress import Progress
 
 from launch import report_data
 from launch.processes import Group
+from launch.stopping import interrupt
 from serving.directory import BadInput
 from trainer.run_folder import parse_metric
 
@@ -167,15 +167,11 @@ def _ray(concurrent: int) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         for number in previous:  # after ray.init, which takes SIGTERM for itself
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _last_line(path: Path) -> str:

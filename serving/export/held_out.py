@@ -87,7 +87,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, held_out: HeldOutRows) -> Iterator[
             yield ids
         elif "text" in row or "messages" in row:  # another says nothing
             lines.append(row["text"] if "text" in row else "\n".join(turn["content"] for turn in row["messages"]))
-        num_chars += len(lines[-1]) if lines else 0
+            num_chars += len(lines[-1])
         if num_chars > MAX_CHARS:
             break
     yield tokenizer("\n".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
