@@ -32,7 +32,8 @@ def earlier_records(folder: Path) -> list[dict[str, Any]]:
 def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:
     """Return the newest verification record for this provider and onnxruntime version.
 
-    Raises Unproven when there is none or it is stale (other files, other onnxruntime), DirectoryError when it failed.
+    Raises Unproven when there is none or it is stale (other files, other onnxruntime); DirectoryError when it failed,
+    or where this provider could not give one.
     """
     fix = f"run: trivet verify {folder} --provider {provider}"
     try:
@@ -45,6 +46,7 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
     if not mine:
         if provider == "cpu" and read_manifest(folder, "onnx").get("dtype") == "bf16":
             fix = f"no CPU runs bf16; on a machine with a GPU run: trivet verify {folder} --provider cuda"
+            raise DirectoryError(f"{folder}: not verified on provider cpu; {fix}")
         raise Unproven(f"{folder}: not verified on provider {provider}; {fix}")
     newest = mine[-1]
     if not newest.get("passed"):

@@ -69,6 +69,14 @@ def test_a_failed_proof_is_not_offered_again(onnx_dir, asked):
     assert verified == []
 
 
+def test_a_proof_that_no_cpu_can_give_is_not_offered(onnx_dir, asked):
+    write_json(onnx_dir / "trivet.json", {"format_version": 2, "kind": "onnx", "files": {}, "dtype": "bf16"})
+    write_json(onnx_dir / "verification.json", {"format_version": 2, "records": [{"provider": None}]})
+    verified = asked("y\n")
+    offer_verification(onnx_dir, "cpu")
+    assert verified == []
+
+
 def test_what_is_stale_is_offered(onnx_dir, asked):
     verified = asked("y\n")
     record = {"provider": "cpu", "onnxruntime": "0.1", "identity": identity(onnx_dir), "passed": True}
