@@ -92,7 +92,13 @@ def _vector(model: PreTrainedModel, inputs: Inputs, pooling: Pooling | None) -> 
     """The vector [1, D] of one text, by hand."""
     assert pooling is not None, "opened without its pooling"
     hidden_TD = model(**inputs).last_hidden_state[0]
-    vector_D = hidden_TD[0] if pooling.mode == "cls" else hidden_TD.mean(0)
+    match pooling.mode:
+        case "cls":
+            vector_D = hidden_TD[0]
+        case "lasttoken":
+            vector_D = hidden_TD[-1]
+        case "mean":
+            vector_D = hidden_TD.mean(0)
     return (vector_D / vector_D.norm() if pooling.normalize else vector_D)[None]
 
 

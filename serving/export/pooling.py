@@ -1,4 +1,4 @@
-"""How an encoder's hidden states become one vector, as sentence-transformers writes it beside the model."""
+"""How a model's hidden states become one vector, as sentence-transformers writes it beside the model."""
 
 import json
 from dataclasses import dataclass
@@ -9,17 +9,26 @@ import torch
 
 from serving.export.attention import ExportError
 
-_ACCEPTED = "accepted: sentence-transformers' modules.json of a Transformer, a Pooling (mean or cls), maybe a Normalize"
+Mode = Literal["cls", "mean", "lasttoken"]
+
+_ACCEPTED = "accepted: sentence-transformers' modules.json of a Transformer, a Pooling, maybe a Normalize"
+_MODES: dict[str, Mode] = {"cls": "cls", "mean": "mean", "lasttoken": "lasttoken"}
+# Before `pooling_mode` named it, each was a switch.
+_SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """`mode` cls takes the first token, mean the mean of a text's tokens; `normalize` makes the length 1.
+    """`mode` cls takes a text's first token, lasttoken its last, mean the mean of all; `normalize` makes the length 1.
 
     `max_length`: the most tokens of a text that are read, None where the folder does not say.
     """
 
-    mode: Literal["cls", "mean"]
+    mode: Mode
     normalize: bool
     max_length: int | None
 
@@ -27,10 +36,20 @@ class Pooling:
         """Return the vectors [B, D] of a batch that is padded on the right."""
         if self.mode == "cls":
             vectors_BD = hidden_BTD[:, 0]
+        elif self.mode == "lasttoken":
+            last_B11 = attention_mask_BT.sum(1)[:, None, None] - 1
+            vectors_BD = hidden_BTD.gather(1, last_B11.expand(-1, -1, hidden_BTD.shape[-1]))[:, 0]
         else:
             mask_BT1 = attention_mask_BT[..., None].to(hidden_BTD.dtype)
             vectors_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
         return torch.nn.functional.normalize(vectors_BD, dim=-1) if self.normalize else vectors_BD
+
+
+def is_pooled(folder: Path) -> bool:
+    """Whether sentence-transformers would pool what the model in `folder` computes, whatever head lies beside it."""
+    modules = _read(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    kinds = [str(each.get("type")) for each in modules if isinstance(each, dict)] if isinstance(modules, list) else []
+    return any(kind.rpartition(".")[2] == "Pooling" for kind in kinds)
 
 
 def read_pooling(folder: Path) -> Pooling:
@@ -56,16 +75,15 @@ def read_pooling(folder: Path) -> Pooling:
     return Pooling(mode, "Normalize" in kinds, settings.get("max_seq_length"))
 
 
-def _mode(path: Path) -> Literal["cls", "mean"]:
+def _mode(path: Path) -> Mode:
     content = _read_object(path)
-    named = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    modes = [named.get(key, key) for key, value in content.items() if key.startswith("pooling_mode_") and value is True]
+    modes = [
+        _SWITCHES.get(name, name) for name, on in content.items() if name.startswith("pooling_mode_") and on is True
+    ]
     modes = modes or [str(content.get("pooling_mode"))]
-    if modes == ["cls"]:
-        return "cls"
-    if modes == ["mean"]:
-        return "mean"
-    raise ExportError(f"{path}: pools by {' and '.join(modes)}; accepted: cls or mean")
+    if len(modes) == 1 and modes[0] in _MODES:
+        return _MODES[modes[0]]
+    raise ExportError(f"{path}: pools by {' and '.join(modes)}; accepted: {', '.join(_MODES)}")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from serving.export.attention import ExportError, KvShape
 from serving.export.fingerprint import fingerprint
 from serving.export.generation import check_generation
 from serving.export.heads import AUTO_CLASSES, accepted_classes
-from serving.export.pooling import Pooling, read_pooling
+from serving.export.pooling import Pooling, is_pooled, read_pooling
 from serving.export.probe import probe, refusal
 from serving.export.refusing import refusing
 from serving.export.weights import check_numbers, names_in, read_model
@@ -206,6 +206,8 @@ def _check_config(folder: Path, config: PreTrainedConfig) -> tuple[str, str]:
     if task is None:
         names = ", ".join(name for names in accepted.values() for name in names)
         raise ExportError(f"{where}: architecture {architecture} cannot be exported; accepted here: {names}")
+    if task in ("causal_lm", "masked_lm") and is_pooled(folder):
+        task = "embedding"  # made of a language model, whose name it has kept
     if config.is_encoder_decoder:
         raise ExportError(f"{where}: {config.model_type} is an encoder-decoder; accepted: encoders and decoders")
     if getattr(config, "quantization_config", None):

@@ -209,6 +209,25 @@ def test_a_vector_may_be_the_first_tokens_and_of_any_length(save_text_model, tmp
     np.testing.assert_allclose(found, output.last_hidden_state[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("says", [{"pooling_mode_lasttoken": True}, {"pooling_mode": "lasttoken"}])
+def test_a_decoder_that_was_made_to_embed_answers_with_its_last_token(save_model, tmp_path, says):
+    """Its config keeps the language model's name; sentence-transformers' files beside it say what became of it."""
+    from serving.export import export_model
+
+    folder = save_model(tmp_path / "model", "llama")
+    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    (folder / "modules.json").write_text(json.dumps([{"type": f"s.{k}", "path": path} for k, path in modules.items()]))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(says))
+    export_model(folder, tmp_path / "onnx")
+    task, texts = open_task(tmp_path / "onnx"), [text for text in TEXTS if text]
+    assert (task.manifest["task"], task.manifest["pooling"]) == ("embedding", "lasttoken")
+    _, encoded, output = source(folder, "AutoModel", texts, max_length=task.manifest["max_length"])
+    last = [row[seen == 1][-1] for row, seen in zip(output.last_hidden_state, encoded["attention_mask"], strict=True)]
+    found = [task.answer(task.encode(text))["embedding"] for text in texts]
+    np.testing.assert_allclose(found, [vector / vector.norm() for vector in last], atol=1e-6)
+
+
 MINILM = Path(__file__).parents[2] / "models" / "all-MiniLM-L6-v2"
 
 

@@ -85,13 +85,13 @@ POOLED = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"ty
         ([*POOLED, {"type": "m.Dense", "path": "2"}], {}, "Transformer, Pooling, Dense found; accepted"),
         ({"a": 1}, {}, "modules.json: is no list of modules"),
         ([POOLED[0] | {"path": "0_T"}, POOLED[1]], {}, "its Transformer is in .*0_T; accepted"),
-        (POOLED, {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens; accepted: cls or mean"),
+        (POOLED, {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens; accepted: cls, mean, lasttoken"),
         (
             POOLED,
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "pools by cls and mean; accepted: cls or mean",
+            "pools by cls and mean; accepted: cls, mean, lasttoken",
         ),
-        (POOLED, {"pooling_mode": "lasttoken"}, "pools by lasttoken; accepted: cls or mean"),
+        (POOLED, {"pooling_mode": "weightedmean"}, "pools by weightedmean; accepted: cls, mean, lasttoken"),
     ],
 )
 def test_an_encoder_without_a_head_that_is_pooled_otherwise_is_refused(
