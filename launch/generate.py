@@ -57,7 +57,8 @@ def _answer(
     *,
     prompts_are_plain: bool,
 ) -> list[batch.Row]:
-    is_chat_model = engine.manifest["source"].get("objective") == "sft" and text.has_chat_template
+    # One that Trivet went on training on plain text keeps its base's template, and has unlearned chats.
+    is_chat_model = engine.manifest["source"].get("objective") in (None, "sft") and text.has_chat_template
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=len(rows) == 1 or not console.is_terminal) as progress:
         task = progress.add_task("rows", total=len(rows))

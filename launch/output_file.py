@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from serving.directory import BadInput
+from serving.directory import BadInput, inside_of
 
 
 @contextlib.contextmanager
@@ -24,6 +24,8 @@ def writing(output: Path | None, source: Path | None) -> Iterator[TextIO]:
             sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         return
+    if holder := inside_of(output):
+        raise BadInput(f"--output: {output} lies in {holder}, which allows no other files; choose another place")
     if output.is_dir():
         raise BadInput(f"--output: {output} is a folder; give a file")
     if output.exists() and not output.is_file():  # a device or a pipe is written to, never replaced

@@ -125,6 +125,8 @@ def read_manifest(folder: Path, kind: str, *, as_written: bool = False) -> dict[
     """
     folder = Path(folder)
     fix = exportable.instead_of_onnx(folder) if kind == "onnx" else ""
+    if folder.is_file():
+        raise DirectoryError(f"{folder}: is a file; give the folder that it is in")
     if not folder.is_dir():
         raise DirectoryError(f"{folder}: no such folder; expected a Trivet {kind} directory")
     try:
@@ -189,6 +191,11 @@ def unlisted(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         is_ours = path.name in (MANIFEST, VERIFICATION) or (path.name[0] == "." and path.suffix == ".partial")
         if (path.is_symlink() or path.is_file()) and not is_ours and name not in listed:
             yield path
+
+
+def inside_of(path: Path) -> Path | None:
+    """Return the directory of Trivet that `path` lies in, whose files may be no others than its manifest's, if any."""
+    return next((folder for folder in path.resolve().parents if (folder / MANIFEST).is_file()), None)
 
 
 def foreign_weights(folder: Path) -> str:

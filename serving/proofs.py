@@ -25,7 +25,7 @@ def earlier_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records so far; none where they are missing or broken. Raises NewerFormat."""
     try:
         return _read_records(folder / VERIFICATION)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return []
 
 

@@ -125,6 +125,9 @@ def load_tokenizer(
             f"tokenizer.path: the tokenizer at {path} is a {type(tokenizer).__name__} without a tokenizer.json, which "
             "training and serving read; use one that the tokenizers library can load"
         )
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        # transformers makes one up of the special tokens where the file is missing
+        raise BadInput(_no_tokenizer(path, "it has no vocabulary; save the tokenizer into it with save_pretrained"))
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT and its kin close a text by it
     if tokenizer.eos_token_id is None:

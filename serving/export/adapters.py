@@ -71,7 +71,10 @@ def _read(given: Path, base: Path, base_hash: str) -> Adapter:
         (each for each in (given, given / "adapter", given / "model" / "adapter") if (each / CONFIG).is_file()), None
     )
     if folder is None:
-        raise ExportError(f"--loras: {given} has no {CONFIG}; accepted: folders of PEFT's LoRA adapters")
+        found = f"has no {CONFIG}" if given.is_dir() else "no such folder"
+        raise ExportError(
+            f"--loras: {given}: {found}; accepted: folders of PEFT's LoRA adapters, runs that trained one"
+        )
     config = read_config(folder)
     _check_kind(folder, config)
     _check_base(folder, config, base, base_hash)

@@ -50,6 +50,7 @@ def answers(
     if source.task == "masked_lm":
         return ids, tensors | _masked_tokens(model, source, [inputs for _, inputs in chosen])
     tensors["outputs"] = np.concatenate([_said(model, source, inputs) for _, inputs in chosen])
+    _check_labels(source, [row for row, _ in chosen], origin)
     labels = [_number(source, row) for row, _ in chosen]
     if None not in labels:
         tensors["labels"] = np.array(labels, np.int32)
@@ -98,6 +99,19 @@ def _said(model: PreTrainedModel, source: Source, inputs: Inputs) -> np.ndarray:
     """Return what the model says of one text, [R, L]."""
     with torch.no_grad():
         return HEADS[source.task].source(model, inputs, source.pooling).float().numpy()
+
+
+def _check_labels(source: Source, rows: list[dict[str, Any]], origin: str) -> None:
+    """Raise ExportError for right answers that the model cannot give: it would be measured without them."""
+    if source.task != "classification" or source.problem != SINGLE:
+        return
+    unknown = {str(row["label"]) for row in rows if row.get("label") is not None and _number(source, row) is None}
+    if unknown:
+        named = ", ".join(sorted(unknown)[:5])
+        raise ExportError(
+            f"--data: {origin} has labels that the model does not know: {named}; accepted: "
+            f"{', '.join(source.labels)}, their numbers, or rows without a label"
+        )
 
 
 def _number(source: Source, row: dict[str, Any]) -> int | None:

@@ -71,6 +71,10 @@ def read_pooling(folder: Path) -> Pooling:
         raise ExportError(f"{folder}/sentence_bert_config.json: do_lower_case; put it into the tokenizer instead")
     if name := _read_object(folder / "config_sentence_transformers.json").get("default_prompt_name"):
         raise ExportError(f"{folder}/config_sentence_transformers.json: default_prompt_name {name!r}; accepted: none")
+    if not (folders["Pooling"] / "config.json").is_file():
+        raise ExportError(
+            f"{folders['Pooling']}/config.json: missing, though modules.json names it; get the model again"
+        )
     mode = _mode(folders["Pooling"] / "config.json")
     return Pooling(mode, "Normalize" in kinds, settings.get("max_seq_length"))
 

@@ -81,8 +81,12 @@ def require_passed(source: str | Path, record: dict[str, Any]) -> None:
     """Raise VerificationFailed where something was compared and differs."""
     if all(check["passed"] for check in record["checks"].values()):
         return
-    error = VerificationFailed(
-        f"{source}: exported, but not equal to its source, so nothing was published: {record['reason']}"
-    )
+    reason = record["reason"]
+    said = f"{source}: exported, but not equal to its source, so nothing was published: {reason}"
+    if [name for name, check in record["checks"].items() if not check["passed"]] == ["quality"]:
+        said = (
+            f"{source}: quantised, but it costs too much, so nothing was published: {reason}; take another --quantize"
+        )
+    error = VerificationFailed(said)
     error.record = record
     raise error

@@ -98,6 +98,9 @@ class Source:
             raise ExportError(
                 f"{self.folder}: {type(tokenizer).__name__} has no tokenizer.json form; {fix}, a fast one"
             )
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+            # transformers makes one up of the special tokens where the file is missing
+            raise ExportError(f"{where}: no tokenizer: no vocabulary lies beside its tokenizer_config.json; {fix}")
         return tokenizer
 
 
@@ -160,6 +163,8 @@ def _body(folder: Path, is_unmerged: bool) -> Path:
 
 def find_model(path: Path) -> Path:
     """Return the model directory that `path` is, or that the run or the winner of the sweep at `path` holds."""
+    if path.is_file():
+        raise ExportError(f"{path}: is a file; give the folder that it is in")
     if not path.is_dir():
         raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
     if (path / "config.json").is_file() or lora_folder.is_lora(path):

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from serving.directory import DirectoryError, read_manifest, unlisted
+from serving.directory import DirectoryError, inside_of, read_manifest, unlisted
 from serving.export.attention import ExportError
 from serving.exportable import instead_of_onnx
 from serving.session import onnxruntime_version
@@ -15,6 +15,8 @@ def check_target(onnx_dir: Path, model_dir: Path | None = None) -> None:
         raise ExportError(f"{onnx_dir}: holds, is or lies in the source {model_dir}; give a folder beside it")
     if onnx_dir == Path.cwd() or onnx_dir in Path.cwd().parents:
         raise ExportError(f"{onnx_dir}: is or holds the current folder, which an export replaces; give a new folder")
+    if holder := inside_of(onnx_dir):
+        raise ExportError(f"{onnx_dir}: lies in {holder}, which allows no other files; give a folder beside it")
     try:
         is_other, is_used = onnx_dir.exists() and not onnx_dir.is_dir(), onnx_dir.is_dir() and any(onnx_dir.iterdir())
     except OSError as error:

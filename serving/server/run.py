@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import signal
 import socket
@@ -95,9 +96,7 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError):
-        raise BadInput(
-            f"host: {host!r} is not an address of this machine; accepted: --host 127.0.0.1 or 0.0.0.0"
-        ) from None
+        raise BadInput(_no_address(host)) from None
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -105,9 +104,15 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
             # Listening is what makes the port ours: with SO_REUSEADDR two sockets may be bound to it before.
             listener.listen(MAX_OPEN_CONNECTIONS)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise BadInput(_no_address(host)) from None
             reason = error.strerror or type(error).__name__
             raise BadInput(f"port: cannot listen on {host}:{port} ({reason}); choose another with --port") from None
         yield listener
+
+
+def _no_address(host: str) -> str:
+    return f"host: {host!r} is not an address of this machine; accepted: --host 127.0.0.1 or 0.0.0.0"
 
 
 def run(app: FastAPI, driver: Driver, listener: socket.socket, *, name: str, drain_timeout_s: float) -> None:

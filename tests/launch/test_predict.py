@@ -89,6 +89,10 @@ def test_a_row_that_the_model_fails_on_has_an_error_and_the_others_their_label(
         (["--input", "bad.jsonl", "--text-pair", "y"], "--text-pair: goes with --text; in a file it is each row's"),
         (["--text", "x", "--top-k", "3"], "--top-k: 3 found, but the task of "),
         (["--text", "x", "--output", "."], "--output: . is a folder"),
+        (
+            ["--text", "x", "--output", "{onnx_dir}/answers.txt"],
+            "onnx, which allows no other files; choose another place",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(onnx_dir, tmp_path, monkeypatch, trivet, arguments, message):
@@ -98,7 +102,7 @@ def test_bad_input_is_one_line_and_writes_nothing(onnx_dir, tmp_path, monkeypatc
     (tmp_path / "list.jsonl").write_text("[]\n")
     (tmp_path / "pair.jsonl").write_text('{"text": "x", "text_pair": 5}\n')
     before = sorted(tmp_path.iterdir())
-    code, out, err = trivet("predict", onnx_dir, *arguments)
+    code, out, err = trivet("predict", onnx_dir, *(each.format(onnx_dir=onnx_dir) for each in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert sorted(tmp_path.iterdir()) == before

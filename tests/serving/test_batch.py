@@ -79,6 +79,19 @@ def test_the_command_writes_all_rows_and_exits_1_when_one_failed(onnx_dir, tmp_p
     assert ["error" in answer for answer in answers] == [False, True, False]
 
 
+def test_a_chat_model_of_others_gets_a_prompt_as_the_users_turn(exported, model_dir, tmp_path, trivet):
+    """Whatever has a chat template, but for what went on learning plain text here."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the quick fox"}\n')
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("llama"))
+    chat = [{"role": "user", "content": "the quick fox"}]
+    as_chat = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    for options, ids in (([], as_chat), (["--raw"], tokenizer("the quick fox")["input_ids"])):
+        code, out, err = trivet("generate", exported("llama"), "--input", tmp_path / "in.jsonl", *options)
+        assert (code, json.loads(out)["prompt_tokens"]) == (0, len(ids)), err
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_opened(tmp_path, trivet):
     for output in (tmp_path, tmp_path / "none" / "out"):
         code, _, err = trivet("generate", "nowhere", "--prompt", "x", "--output", output)

@@ -129,9 +129,21 @@ def test_a_model_of_several_labels_is_not_held_to_one(save_text_model, tmp_path,
 def test_without_labels_what_is_decided_otherwise_counts(save_classifier, tmp_path, monkeypatch):
     source = save_classifier(tmp_path / "model", "bert", hidden_size=64, intermediate_size=160)
     monkeypatch.setattr("serving.quality.ACCURACY_DROP_LIMIT", -0.01)
-    with pytest.raises(VerificationFailed, match=r"quality: decides otherwise than the source in \d+\.\d\d% of words"):
+    with pytest.raises(
+        VerificationFailed,
+        match=r"it costs too much, so nothing .*: quality: decides otherwise than the source in \d+\.\d\d% of words",
+    ):
         export_model(source, tmp_path / "onnx", Options(quantization="int8-weights"), held_out=some_rows())
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(("label", "named"), [("superb", "superb"), (3, "3"), (["good"], r"\['good'\]")])
+def test_labels_that_the_model_does_not_know_are_refused_and_not_left_out(save_classifier, tmp_path, label, named):
+    source = save_classifier(tmp_path / "model", "bert")
+    rows = some_rows(label=lambda text: label if "quick" in text else "good")
+    message = rf"--data: words has labels that the model does not know: {named}; accepted: bad, so-so, good, their num"
+    with pytest.raises(ExportError, match=message):
+        export_model(source, tmp_path / "onnx", Options(quantization="int8"), held_out=rows)
 
 
 def test_too_few_texts_or_a_model_of_numbers_are_refused(save_classifier, save_text_model, tmp_path):

@@ -177,6 +177,16 @@ def test_an_empty_folder_holds_no_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_folder_whose_vocabulary_is_missing_holds_no_tokenizer(tmp_path):
+    """Of its class alone transformers makes a tokenizer that knows the special tokens and nothing else."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(
+        BadInput, match=r"^tokenizer\.path: no tokenizer can be loaded from .* \(it has no vocabulary; "
+    ):
+        load_tokenizer(str(tmp_path))
+
+
 def test_masked_lm_needs_a_mask_token(make_config, base_model, data_files):
     values = make_config("causal_lm", "full").model_dump(mode="json")
     config = type(make_config()).model_validate({**values, "objective": {"type": "masked_lm"}})

@@ -103,3 +103,18 @@ def test_held_out_chats_that_the_template_refuses(source):
     with pytest.raises(ExportError, match=message):
         export_model(source, source.parent / "onnx", Options(quantization="int8"), held_out=rows)
     assert not (source.parent / "onnx").exists()
+
+
+def test_a_vocabulary_that_is_missing(text_model, tmp_path):
+    """Of its class alone transformers makes a tokenizer that knows the special tokens and nothing else."""
+    source = Path(shutil.copytree(text_model("bert", "label")[0], tmp_path / "place" / "source"))
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    refused(
+        source, source.parent / "onnx", "source: no tokenizer: no vocabulary lies beside its tokenizer_config.json;"
+    )
+
+
+def test_a_target_inside_another_export_which_would_not_be_served_any_more(source, onnx_copy):
+    refused(source, onnx_copy / "sub" / "sub", f"sub/sub: lies in {onnx_copy}, which allows no other files; give a")
+    assert not (onnx_copy / "sub").exists()

@@ -105,6 +105,12 @@ def test_an_encoder_without_a_head_that_is_pooled_otherwise_is_refused(
     refused(source, tmp_path, message)
 
 
+def test_a_folder_whose_files_of_pooling_were_left_behind_is_refused(tmp_path, classifier_config, bare_model, refused):
+    source = bare_model(tmp_path / "model", classifier_config("bert"), architectures=["BertModel"])
+    (source / "modules.json").write_text(json.dumps(POOLED))
+    refused(source, tmp_path, r"1_Pooling/config\.json: missing, though modules\.json names it; get the model again")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -51,6 +51,9 @@ def test_two_adapters_of_one_name_and_a_folder_without_one_are_refused(model_dir
     again = Path(shutil.copytree(adapters["news"], tmp_path / "again" / "news"))
     refused(model_dir("llama"), (adapters["news"], again), tmp_path, "are both called 'news'; rename one")
     refused(model_dir("llama"), (tmp_path,), tmp_path, "has no adapter_config.json; accepted: folders of PEFT's LoRA")
+    refused(
+        model_dir("llama"), (tmp_path / "nowhere",), tmp_path, "nowhere: no such folder; accepted: folders of PEFT's"
+    )
 
 
 @pytest.mark.parametrize("asked", ["", ",", "{news},"])

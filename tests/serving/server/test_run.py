@@ -202,7 +202,12 @@ def test_two_servers_that_start_at_once_cannot_hold_one_port():
 
 @pytest.mark.parametrize(
     ("host", "port", "names"),
-    [("127.0.0.1", 65536, "--port"), ("127.0.0.1", -1, "--port"), ("no.such.host.x", 0, "--host")],
+    [
+        ("127.0.0.1", 65536, "--port"),
+        ("127.0.0.1", -1, "--port"),
+        ("no.such.host.x", 0, "--host"),
+        ("192.0.2.1", 0, "--host"),
+    ],
 )
 def test_an_address_that_cannot_be_is_bad_input(host, port, names):
     with pytest.raises(BadInput, match=names), bind(host, port):
