@@ -1,10 +1,14 @@
 """The figures of several number formats as a picture: a panel for each figure, a bar for each format."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from launch.comparison import Line
+
+_TITLES = {"MB": "MB on disk", "peak MB": "MB of memory at most"}
 
 
 def plot(lines: "list[Line]", path: Path) -> None:
@@ -24,7 +28,7 @@ def plot(lines: "list[Line]", path: Path) -> None:
         panel.bar_label(
             bars, [shown(line.figures[name]) if name in line.figures else "refused" for line in lines], size=8
         )
-        panel.set_title(name, fontsize=10)
+        panel.set_title(_TITLES.get(name, name), fontsize=10)
     _quality(panels[-1], lines)
     for panel in panels:
         panel.set_xticks(places, [line.name for line in lines], rotation=30, fontsize=8)
@@ -32,19 +36,35 @@ def plot(lines: "list[Line]", path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _quality(panel: object, lines: "list[Line]") -> None:
-    """Draw how each format does beside its limit; fp32 is its source but for rounding."""
+def _quality(panel: "Axes", lines: "list[Line]") -> None:
+    """Draw how each format does, and its limit as a line; fp32 is its source but for rounding."""
+    from launch.report_plots import COLOURS
+
     kinds = ("ratio", "cosine", "accuracy", "same")
     kind = next((kind for kind in kinds for line in lines if line.quality and kind in line.quality), "same")
     checks = [line.quality or {} for line in lines]
     as_source = next((check["source_accuracy"] for check in checks if "source_accuracy" in check), 1.0)
     values = [check.get(kind, as_source if kind == "accuracy" else 1.0) for check in checks]
-    colours = ["#94a3b8" if line.refused else "#059669" for line in lines]
-    bars = panel.bar(range(len(lines)), values, color=colours)  # type: ignore[attr-defined]
-    words = [f"{value:.3f}" + ("\nrefused" if line.refused else "") for value, line in zip(values, lines, strict=True)]
-    panel.bar_label(bars, words, size=8)  # type: ignore[attr-defined]
-    low, high = min(values), max(values)
-    margin = max(0.05, high - low)
-    panel.set_ylim(max(0.0, low - margin), high + margin)  # type: ignore[attr-defined]
+    limits = [_limit(kind, check) for check in checks]
+    for place, (line, value, limit) in enumerate(zip(lines, values, limits, strict=True)):
+        # No bars: their length would say nothing where the axis does not begin at 0.
+        panel.plot(place, value, "o", color="#94a3b8" if line.refused else COLOURS[place % len(COLOURS)], markersize=9)
+        words = f"{value:.3f}" + ("\nrefused" if line.refused else "")
+        panel.annotate(words, (place, value), xytext=(0, -9), textcoords="offset points", ha="center", va="top", size=8)
+        if limit is not None:
+            panel.hlines(limit, place - 0.35, place + 0.35, color="#dc2626", linewidth=1.5)
+    shown = [*values, *(limit for limit in limits if limit is not None)]
+    margin = max(0.02, 0.35 * (max(shown) - min(shown)))
+    panel.set_ylim(max(0.0, min(shown) - margin), max(shown) + margin)
+    panel.set_xlim(-0.6, len(lines) - 0.4)
     title = {"ratio": "perplexity / source's", "cosine": "cosine with source", "same": "answers as source"}
-    panel.set_title(title.get(kind, kind), fontsize=10)  # type: ignore[attr-defined]
+    panel.set_title(f"{title.get(kind, kind)} (red: limit)", fontsize=10)
+
+
+def _limit(kind: str, check: dict[str, Any]) -> float | None:
+    """Return where a format is refused, None for fp32, which has no such check."""
+    if "limit" not in check:
+        return None
+    if kind == "accuracy":
+        return check["source_accuracy"] - check["limit"]
+    return max(check["same_floor"], 1 - check["limit"]) if kind == "same" else check["limit"]

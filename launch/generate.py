@@ -43,6 +43,8 @@ def generate(
         for answer in answers:
             is_text = input is None and "error" not in answer
             file.write((answer["text"] if is_text else json.dumps(answer, ensure_ascii=False)) + "\n")
+    if input is None and not failed and not answers[0]["text"]:
+        print("note: the model ended its answer at once, without a word", file=sys.stderr)
     if failed:
         print(f"error: {len(failed)} of {len(rows)} rows failed: {failed[0]['error']}", file=sys.stderr)
     return 1 if failed else 0

@@ -55,6 +55,22 @@ def test_one_format_is_exported_and_measured_on_the_text_that_is_given(model, te
     assert "accepted" in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "check", "expected"),
+    [
+        ("ratio", {}, None),  # fp32
+        ("ratio", {"limit": 1.03, "same_floor": 0.9}, 1.03),
+        ("cosine", {"limit": 0.99}, 0.99),
+        ("accuracy", {"source_accuracy": 0.8, "limit": 0.01, "same_floor": 0.95}, 0.79),
+        ("same", {"limit": 0.01, "same_floor": 0.95}, 0.99),  # which is asked where no right answers are known
+    ],
+)
+def test_the_plot_draws_the_limit_that_a_format_is_refused_at(kind, check, expected):
+    from launch.comparison_plot import _limit
+
+    assert _limit(kind, check) == (None if expected is None else pytest.approx(expected))
+
+
 @pytest.mark.slow
 def test_formats_side_by_side_and_one_that_is_refused(model, text, tmp_path, trivet, monkeypatch):
     from serving.checks import PERPLEXITY_LIMITS

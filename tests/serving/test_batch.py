@@ -92,6 +92,12 @@ def test_a_chat_model_of_others_gets_a_prompt_as_the_users_turn(exported, model_
         assert (code, json.loads(out)["prompt_tokens"]) == (0, len(ids)), err
 
 
+def test_an_answer_that_ends_at_once_is_said_to(onnx_dir, trivet, monkeypatch):
+    monkeypatch.setattr("serving.batch.generate", lambda *args, **asked: [{"text": "", "finish_reason": "stop"}])
+    code, out, err = trivet("generate", onnx_dir, "--prompt", "x")
+    assert (code, out, err) == (0, "\n", "note: the model ended its answer at once, without a word\n")
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_opened(tmp_path, trivet):
     for output in (tmp_path, tmp_path / "none" / "out"):
         code, _, err = trivet("generate", "nowhere", "--prompt", "x", "--output", output)
