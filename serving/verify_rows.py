@@ -30,6 +30,7 @@ from serving.session import Session
 from serving.tasks import TASKS, Row, TextTask, run_rows
 from serving.text import Text
 
+LONGEST_PADDED = 512  # tokens: one much longer row would make a batch as large as all of them
 _ROUNDING = 1e-5  # of the largest output; seen: 1e-6
 
 
@@ -117,7 +118,7 @@ def check_rows(task: TextTask, reference: Reference) -> Check:
 def check_outputs(session: Session, manifest: Manifest, reference: Reference, *, batch: int) -> Check:
     """Compare the outputs of all rows with the source's, `batch` rows to a run, the shorter ones padded right."""
     rows = reference.rows
-    runs = [run_rows(session, manifest, rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    runs = [run_rows(session, manifest, group) for group in _groups(rows, batch)]
     found_RL = np.concatenate([each for run in runs for each in run])
     if found_RL.shape != reference.outputs_RL.shape:
         found = f"outputs of shape {found_RL.shape}, not {reference.outputs_RL.shape}"
@@ -126,6 +127,17 @@ def check_outputs(session: Session, manifest: Manifest, reference: Reference, *,
     check = graded(difference, reference.tolerance, rows=len(rows), batch=batch)
     rms = float(np.square(found_RL - reference.outputs_RL, dtype=np.float64).mean() ** 0.5)
     return graded_mean(check, rms, reference.rms_tolerance)
+
+
+def _groups(rows: list[Row], batch: int) -> list[list[Row]]:
+    """Return the rows, in their order, `batch` at a time; those that all others would be padded to run alone."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        alone = len(row.ids) > LONGEST_PADDED
+        if not groups or alone or len(groups[-1]) == batch or len(groups[-1][0].ids) > LONGEST_PADDED:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def check_answers(task: TextTask, reference: Reference, seen: float) -> Check:

@@ -19,6 +19,9 @@ _SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# The first of these is read, whatever the model: sentence_NAME_config.json.
+_SETTINGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+_CHANGING = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,7 @@ def read_pooling(folder: Path) -> Pooling:
         raise ExportError(f"{folder}/modules.json: {', '.join(kinds)} found; {_ACCEPTED}")
     if folders["Transformer"] != folder:
         raise ExportError(f"{folder}/modules.json: its Transformer is in {folders['Transformer']}; {_ACCEPTED}")
-    settings = _read_object(folder / "sentence_bert_config.json")
-    if settings.get("do_lower_case"):
-        raise ExportError(f"{folder}/sentence_bert_config.json: do_lower_case; put it into the tokenizer instead")
+    settings = _settings(folder)
     if name := _read_object(folder / "config_sentence_transformers.json").get("default_prompt_name"):
         raise ExportError(f"{folder}/config_sentence_transformers.json: default_prompt_name {name!r}; accepted: none")
     if not (folders["Pooling"] / "config.json").is_file():
@@ -77,6 +78,20 @@ def read_pooling(folder: Path) -> Pooling:
         )
     mode = _mode(folders["Pooling"] / "config.json")
     return Pooling(mode, "Normalize" in kinds, settings.get("max_seq_length"))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return what sentence-transformers reads texts with. Raises ExportError for what is not read here."""
+    path = next((path for name in _SETTINGS if (path := folder / f"sentence_{name}_config.json").is_file()), None)
+    settings = _read_object(path) if path else {}
+    if settings.get("do_lower_case"):
+        raise ExportError(f"{path}: do_lower_case; put it into the tokenizer instead")
+    if changed := next((name for name in _CHANGING if settings.get(name)), None):
+        raise ExportError(f"{path}: {changed} {settings[changed]!r}; save the model and its tokenizer as they are then")
+    longest = settings.get("max_seq_length")
+    if longest is not None and not (isinstance(longest, int) and longest > 0):
+        raise ExportError(f"{path}: max_seq_length {longest!r}; accepted: a number of tokens")
+    return settings
 
 
 def _mode(path: Path) -> Mode:

@@ -3,6 +3,7 @@
 Written with transformers and torch alone: what serves does the same by other means, and is compared with this.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from serving.export.source import Source
 from serving.manifest import NUMBER, SEVERAL
 
 LONGEST_TEXT = 512  # of the reference, in tokens; less where a row may not be so long
+FAR_SCORES_BYTES = 256 << 20  # of one layer's attention to the one text that is longer
+FAR_SLACK = 8  # tokens that a text may have more of when its end is cut off, or a mask is put into it
 WORD_COUNTS = (1, 2, 5, 12, 40)
 TOP_K = 5
 
@@ -48,7 +51,32 @@ class Question:
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Settings) -> list[Question]:
-    """Return texts of ragged lengths: none, a word, sentences, special tokens at both ends, one that is cut."""
+    """Return texts of ragged lengths: none, a word, sentences, special tokens at both ends, one that is cut.
+
+    Before them, where rows may be longer than theirs, one as long as they may be: far positions, windows and attention
+    that is another for long texts show there alone. It is asked first, since a short text may change a model (BigBird).
+    """
+    return [*_far_question(tokenizer, source, settings), *_near_questions(tokenizer, source, settings)]
+
+
+def _far_question(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Settings) -> list[Question]:
+    num_heads = getattr(source.config, "num_attention_heads", None) or 1
+    length = min(settings["max_length"], math.isqrt(FAR_SCORES_BYTES // (4 * num_heads)))
+    if length <= LONGEST_TEXT:
+        return []
+    words = " ".join(" ".join(TEXTS).split() * (1 + length // 20))
+    offsets = tokenizer(words, truncation=True, max_length=length - FAR_SLACK, return_offsets_mapping=True)
+    text = words[: max(end for _, end in offsets["offset_mapping"])].rpartition(" ")[0]
+    if source.task == "masked_lm":
+        text = _masked([text], settings["mask_token"])[-1]
+    if source.task == "token_classification":
+        return [_in_windows(tokenizer, text, length)]
+    half = text.index(" ", len(text) // 2)
+    first, second = (text[:half], text[half + 1 :]) if settings.get("text_pair") == "always" else (text, None)
+    return [question_of(tokenizer, settings, first, second, length)]
+
+
+def _near_questions(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Settings) -> list[Question]:
     length = min(settings["max_length"], LONGEST_TEXT)
     texts = _texts(tokenizer, length)
     if source.task == "masked_lm":
@@ -89,7 +117,7 @@ def question_of(
     if pair is not None and settings["pair_separator_id"] is not None:
         return _joined(tokenizer, text, pair, length)
     # In lists, as in training: an empty second text counts there, and alone it would not.
-    texts = [[text]] if pair is None else [[text], [pair]]
+    texts = [[text.strip() if "pooling" in settings else text]] if pair is None else [[text], [pair]]
     encoded = tokenizer(*texts, truncation=True, max_length=length, return_token_type_ids=True)
     [ids], [types] = encoded["input_ids"], encoded["token_type_ids"]
     is_cut = len(tokenizer(*texts, verbose=False)["input_ids"][0]) > length

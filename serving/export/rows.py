@@ -25,7 +25,7 @@ from serving.export.heads import HEADS, Inputs
 from serving.export.options import Options
 from serving.export.pooling import Pooling
 from serving.export.questions import questions
-from serving.export.reference import check_finite, save_reference, text_cases
+from serving.export.reference import TEXTS, check_finite, save_reference, text_cases
 from serving.export.source import Source
 from serving.export.trace import Example, graph_of, quiet
 from serving.export.whole_attention import fused_attention, num_fused
@@ -147,11 +147,20 @@ def write_settings(
 
 
 def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> list[str]:
-    """Return the names of the graph's inputs. Token types are among them only where texts come in pairs."""
+    """Return the names of the graph's inputs. Token types are among them only where texts come in pairs.
+
+    Raises ExportError for a tokenizer that gives a text alone others than 0, where the graph would not be given them.
+    """
     found = _pair_settings(tokenizer, source)
     pairs = found["text_pair"] != "never" and found["pair_separator_id"] is None
     made, taken = tokenizer.model_input_names, inspect.signature(model.forward).parameters
-    types = pairs and "token_type_ids" in made and "token_type_ids" in taken
+    read = "token_type_ids" in made and "token_type_ids" in taken
+    types = pairs and read
+    if read and not types and any(tokenizer(TEXTS[0])["token_type_ids"]):
+        raise ExportError(
+            f"{source.folder}: its tokenizer gives a text alone other token types than 0, which are served for pairs "
+            "only; accepted: 0 for a text alone"
+        )
     asked = (types, "token_type_ids"), (source.task == "masked_lm", "keep")
     return ["input_ids", "attention_mask", *(name for is_asked, name in asked if is_asked)]
 

@@ -94,7 +94,14 @@ def check_numbers(folder: Path, model: PreTrainedModel) -> None:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raise ExportError where the tokenizer gives ids that the model has no embedding for."""
-    entries, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    try:
+        entries = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        raise ExportError(
+            f"{folder}: {type(model).__name__} has no table of embeddings, or an adapter is laid over it; accepted: "
+            "models that read tokens, merged"
+        ) from None
+    needed = max(tokenizer.get_vocab().values()) + 1
     if needed > entries:
         raise ExportError(
             f"{folder}: its tokenizer has {needed} entries, but the model embeds {entries}; "

@@ -12,6 +12,10 @@ class Embedder(TextTask):
 
     task = "embedding"
 
+    def encode(self, text: str, pair: str | None = None) -> Question:
+        """Return the row of a text without the spaces around it, which sentence-transformers takes away too."""
+        return super().encode(text.strip(), pair)
+
     def answer_of(self, question: Question, logits: Sequence[np.ndarray]) -> Answer:
         [[vector_L]], [row] = logits, question.rows
         return {"embedding": vector_L.tolist(), "truncated": row.truncated}

@@ -228,6 +228,14 @@ def test_a_decoder_that_was_made_to_embed_answers_with_its_last_token(save_model
     np.testing.assert_allclose(found, [vector / vector.norm() for vector in last], atol=1e-6)
 
 
+def test_spaces_around_a_text_are_no_part_of_its_vector(text_model):
+    """As of sentence-transformers, which strips every text; this tokenizer has tokens for them."""
+    task = open_task(text_model("bert", "vector")[1])
+    bare, spaced = (task.answer(task.encode(text))["embedding"] for text in ("the fox", " \n the fox\t"))
+    assert task.text.encode("the fox") != task.text.encode(" the fox")
+    assert bare == spaced
+
+
 MINILM = Path(__file__).parents[2] / "models" / "all-MiniLM-L6-v2"
 
 

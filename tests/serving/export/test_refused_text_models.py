@@ -117,6 +117,9 @@ def test_a_folder_whose_files_of_pooling_were_left_behind_is_refused(tmp_path, c
         ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case; put it into the tokenizer instead"),
         ("config_sentence_transformers.json", '{"default_prompt_name": "query"}', "default_prompt_name 'query'"),
         ("sentence_bert_config.json", "{", "sentence_bert_config.json: cannot be read"),
+        ("sentence_roberta_config.json", '{"do_lower_case": true}', "sentence_roberta_config.json: do_lower_case"),
+        ("sentence_bert_config.json", '{"max_seq_length": "x"}', "max_seq_length 'x'; accepted: a number of tokens"),
+        ("sentence_bert_config.json", '{"tokenizer_args": {"a": 1}}', r"tokenizer_args {'a': 1}; save the model and"),
     ],
 )
 def test_what_sentence_transformers_does_to_texts_before_them_is_refused(
@@ -126,3 +129,22 @@ def test_what_sentence_transformers_does_to_texts_before_them_is_refused(
     (source / "modules.json").write_text(json.dumps(POOLED))
     (source / name).write_text(content)
     refused(source, tmp_path, message)
+
+
+@pytest.mark.parametrize("asked", ["tags", "masks", "vector"])
+def test_token_types_of_a_text_alone_are_refused_where_only_pairs_have_them(save_text_model, tmp_path, asked, refused):
+    source = save_text_model(tmp_path / "model", "bert", asked)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    for part in tokenizer["post_processor"]["single"]:
+        next(iter(part.values()))["type_id"] = 1
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(source, tmp_path, "its tokenizer gives a text alone other token types than 0")
+
+
+def test_a_model_that_reads_no_tokens_is_refused(tmp_path, save_with_tokenizer, refused):
+    from transformers import CanineConfig, CanineForSequenceClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = CanineForSequenceClassification(CanineConfig(num_labels=3, max_position_embeddings=130, **sizes)).eval()
+    source = save_with_tokenizer(tmp_path / "model", model)
+    refused(source, tmp_path, "CanineForSequenceClassification has no table of embeddings")
