@@ -10,6 +10,9 @@ from serving.export.attention import ExportError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+# What PEFT cannot merge: it acts from some token on, over layers that stand there twice, or with a bias of its own.
+_NEVER_MERGED = ("alora_invocation_tokens", "layer_replication", "lora_bias")
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config of the LoRA in `folder`.
@@ -30,6 +33,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{where}: base_model_name_or_path {base!r}; accepted: the folder of the base")
     if not _is_number(config.get("lora_alpha")):
         raise ExportError(f"{where}: lora_alpha {config.get('lora_alpha')!r}; accepted: the number it was trained with")
+    for name in _NEVER_MERGED:
+        if config.get(name):
+            raise ExportError(f"{where}: {name} {config[name]!r}; accepted: LoRAs that can be merged into their base")
     for name in ("alpha_pattern", "rank_pattern"):
         _check_patterns(where, name, config.get(name))
     return config

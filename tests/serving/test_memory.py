@@ -33,6 +33,6 @@ def peak_of_export(tmp_path, save_model):
 
 @pytest.mark.slow
 def test_the_exporting_process_holds_each_weight_once(peak_of_export):
-    """The rest of 1.3 times 2.2 GB (see benchmarks/results/export_speed.md) is the program, whatever the model."""
+    """The rest of 1.3 times 2.2 GB (see benchmarks/results/export_large.md) is the program, whatever the model."""
     (fewer, least), (more, most) = peak_of_export(4), peak_of_export(16)
     assert (most - least) / (more - fewer) < 1.1, f"{least:,} bytes for {fewer:,}, {most:,} for {more:,}"

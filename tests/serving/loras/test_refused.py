@@ -36,6 +36,9 @@ def test_what_is_more_than_a_lora_is_refused(model_dir, adapters, tmp_path, chan
         ({"alpha_pattern": [1]}, r"alpha_pattern \[1\]; accepted: numbers by the names of layers"),
         ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', which is no pattern \(missing \)"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern has 'x' for 'q_proj'; accepted: a number"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\]; accepted: LoRAs that can be merged"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication \[\[0, 2\]\]; accepted: LoRAs that can be merged"),
+        ({"lora_bias": True}, "lora_bias True; accepted: LoRAs that can be merged"),
     ],
 )
 def test_a_config_that_says_nothing_usable_is_refused_beside_its_base_and_alone(
