@@ -30,7 +30,7 @@ from serving.session import Session
 from serving.tasks import TASKS, Row, TextTask, run_rows
 from serving.text import Text
 
-LONGEST_PADDED = 512  # tokens: one much longer row would make a batch as large as all of them
+LONGEST_PADDED = 512  # tokens of a text of the reference that is padded with others; the one that is longer is alone
 _ROUNDING = 1e-5  # of the largest output; seen: 1e-6
 
 

@@ -190,7 +190,7 @@ def test_a_directory_that_is_not_proven_is_refused(onnx_dir, tmp_path, trivet, c
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such folder"),
         (["export", "tiny.yaml", "onnx2"], "tiny.yaml: is a file; give the folder that it is in"),
         (["verify", "onnx/model.onnx"], "onnx/model.onnx: is a file; give the folder that it is in"),
-        (["generate", "onnx/model.onnx", "--prompt", "x"], "onnx/model.onnx"),
+        (["generate", "onnx/model.onnx", "--prompt", "x"], "onnx/model.onnx: is a file; give the"),
         (["generate", "onnx"], "--prompt, --input: give exactly one"),
         (["generate", "onnx", "--input", "nowhere.jsonl"], "--input: nowhere.jsonl cannot be read"),
         (["generate", "onnx", "--input", "text.txt"], "--input: text.txt, line 1: not JSON"),

@@ -14,8 +14,8 @@ from serving.export.heads import Inputs
 from serving.export.reference import TEXTS
 from serving.export.source import Source
 from serving.manifest import NUMBER, SEVERAL
+from serving.verify_rows import LONGEST_PADDED
 
-LONGEST_TEXT = 512  # of the reference, in tokens; less where a row may not be so long
 FAR_SCORES_BYTES = 256 << 20  # of one layer's attention to the one text that is longer
 FAR_SLACK = 8  # tokens that a text may have more of when its end is cut off, or a mask is put into it
 WORD_COUNTS = (1, 2, 5, 12, 40)
@@ -62,7 +62,7 @@ def questions(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Sett
 def _far_question(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Settings) -> list[Question]:
     num_heads = getattr(source.config, "num_attention_heads", None) or 1
     length = min(settings["max_length"], math.isqrt(FAR_SCORES_BYTES // (4 * num_heads)))
-    if length <= LONGEST_TEXT:
+    if length <= LONGEST_PADDED:
         return []
     words = " ".join(" ".join(TEXTS).split() * (1 + length // 20))
     offsets = tokenizer(words, truncation=True, max_length=length - FAR_SLACK, return_offsets_mapping=True)
@@ -77,7 +77,7 @@ def _far_question(tokenizer: PreTrainedTokenizerBase, source: Source, settings: 
 
 
 def _near_questions(tokenizer: PreTrainedTokenizerBase, source: Source, settings: Settings) -> list[Question]:
-    length = min(settings["max_length"], LONGEST_TEXT)
+    length = min(settings["max_length"], LONGEST_PADDED)
     texts = _texts(tokenizer, length)
     if source.task == "masked_lm":
         asked = (
