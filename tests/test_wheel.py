@@ -64,7 +64,7 @@ def wheel(dist) -> Path:
 def metadata(wheel) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        return email.message_from_bytes(archive.read(name))
+        return email.message_from_string(archive.read(name).decode())
 
 
 # --- without a network -----------------------------------------------------------------------------------------------
