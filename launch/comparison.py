@@ -16,6 +16,8 @@ from launch.held_out import held_out_rows
 from launch.speed import PEAK
 from launch.stopping import stopped, stopped_by_sigterm
 from serving.directory import BadInput, unfinished
+from serving.export_options import Options
+from serving.export_paths import find_model
 from serving.quality import figure
 from serving.verify import VerificationFailed
 
@@ -55,12 +57,12 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
 
 
 def _compared(model: Path, onnx_dir: Path, quantize: str | None, data: Path | None, asked: dict[str, Any]) -> int:
-    from launch.comparison_plot import plot
-    from serving.export import Options
-
     formats = _formats(quantize)
     options = {BASE: Options(**asked), **{name: Options(**asked | {"quantization": name}) for name in formats}}
+    find_model(model)  # refuses what is none before torch is loaded
     _check_folder(onnx_dir, model, [*options])
+    from launch.comparison_plot import plot
+
     held_out = held_out_rows(model, data)
     lines = [exported(model, onnx_dir / name, each, held_out) for name, each in options.items()]
     _tell("measuring speed and memory")
@@ -95,7 +97,7 @@ def _check_folder(onnx_dir: Path, model: Path, names: list[str]) -> None:
         raise BadInput(f"{onnx_dir}: holds {others[0]}, which is of no comparison; give a new folder")
 
 
-def exported(model: Path, folder: Path, options: Any, held_out: Any) -> Line:
+def exported(model: Path, folder: Path, options: Options, held_out: Any) -> Line:
     """Export the model to `folder`, whose name is the format's; return its quality, or why it was refused."""
     from serving.export import export_model
     from trainer.strategies.adapter_files import load as attach

@@ -8,8 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.held_out import held_out_rows, refuse_data
 from launch.stopping import stopped, stopped_by_sigterm
 from serving.directory import BadInput, read_manifest
+from serving.export_options import Options
+from serving.export_paths import check_target, find_model
 from serving.loras import lora_names
 from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
@@ -22,8 +25,8 @@ _COUNTS = ("rows", "positions", "tokens", "mismatches", "near_ties")  # of a che
 def export(model: Path, onnx_dir: Path, *, explain: bool = False, data: Path | None = None, **asked: Any) -> int:
     """Export what `model` points at; return 0, or 1 when the proof failed (nothing is published then).
 
-    `asked` are the fields of serving.export.Options; `explain`: tell what the graph is made of; `data`: held-out text
-    for what quantisation costs.
+    `asked` are the fields of serving.export_options.Options; `explain`: tell what the graph is made of; `data`:
+    held-out text for what quantisation costs.
     SIGTERM ends it as Ctrl-C does: with nothing half-written, and 130.
     """
     if "," in (asked.get("quantization") or ""):
@@ -50,14 +53,14 @@ def _exported(
     model: Path, onnx_dir: Path, asked: dict[str, Any], data: Path | None, console: Console
 ) -> dict[str, Any]:
     """Export, and say on `console` what is being done; return the record of the proof."""
+    options = Options(**asked)
+    check_target(onnx_dir.resolve(), find_model(model).resolve())
+    if options.quantization is None:
+        refuse_data(data)
     with console.status("export: loading torch and transformers") as status:
-        from launch.held_out import held_out_rows, refuse_data
-        from serving.export import Options, export_model
+        from serving.export import export_model
         from trainer.strategies.adapter_files import load as attach
 
-        options = Options(**asked)
-        if options.quantization is None:
-            refuse_data(data)
         held_out = held_out_rows(model, data) if options.quantization else None
         show = status.update if console.is_terminal else lambda text: print(text, file=sys.stderr, flush=True)
         tell = lambda stage: show(f"export: {stage}")  # noqa: E731

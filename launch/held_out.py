@@ -25,7 +25,7 @@ def held_out_rows(model: Path, data: Path | None) -> "HeldOutRows":
     Raises BadInput for a file that is missing, empty or holds no text.
     """
     from serving.export import HeldOutRows
-    from serving.export.source import find_model
+    from serving.export_paths import find_model
 
     if data is not None:
         rows = list(islice(_of_file(data), MAX_ROWS))

@@ -12,20 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from serving.directory import seal, staged
 from serving.export import decoder, lora_folder, rows
 from serving.export.adapters import read_adapters
-from serving.export.attention import ExportError
 from serving.export.experts import check_experts
 from serving.export.half import check_weights, hollow, watched
 from serving.export.heads import HEADS
 from serving.export.held_out import HeldOutRows, add_held_out
 from serving.export.loras import check_fits
-from serving.export.options import Dtype, Options
 from serving.export.plain_module import export_module
 from serving.export.proof import proven, require_passed
 from serving.export.providers import provider_of_proof
-from serving.export.source import Attach, Source, find_model, open_source
-from serving.export.target import check_target, versions
+from serving.export.source import Attach, Source, open_source
 from serving.export.trace import quiet
+from serving.export.versions import versions
 from serving.export.weights import check_vocabulary
+from serving.export_options import Dtype, Options
+from serving.export_paths import ExportError, check_target, find_model
 from serving.proofs import append_verification
 from serving.session import GRAPH
 from serving.verify import VerificationFailed

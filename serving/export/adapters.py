@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from serving.export.attention import ExportError
 from serving.export.fingerprint import fingerprint
 from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
 from serving.export.lora_folder import was_merged
+from serving.export_paths import ExportError
 
 _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

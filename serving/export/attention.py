@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from serving.directory import BadInput
+from serving.export_paths import ExportError
 
 NAME = "trivet_in_place"
 
 # Passed along to every attention function, and without a say in it: positions are already in the queries and keys, and
 # what a mixture of experts is asked to tell beside its answer changes no answer.
 _HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
-
-
-class ExportError(BadInput):
-    """A model that cannot be exported, with the reason."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from serving.export.attention import ExportError
 from serving.export.patterns import new_weight, nodes_of, weight_of
+from serving.export_paths import ExportError
 
 NAME = "trivet_moe"
 

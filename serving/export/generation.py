@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from serving.export.attention import ExportError
+from serving.export_paths import ExportError
 
 GENERATION = "generation_config.json"
 

@@ -19,10 +19,10 @@ from serving.export.cache import PassThroughCache
 from serving.export.experts import interleave, use_operator
 from serving.export.fuse import fuse
 from serving.export.loras import Selection, put_into, stacks_as_inputs
-from serving.export.options import Options
 from serving.export.source import Source
 from serving.export.standard_attention import standard_attention
 from serving.export.trace import Example, graph_of
+from serving.export_options import Options
 
 STEP_INPUTS = ["input_ids", "position_ids", "seqlens_k", "total_length", "keep"]
 

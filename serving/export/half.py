@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from serving.export.attention import ExportError
-from serving.export.options import Dtype
+from serving.export_options import Dtype
+from serving.export_paths import ExportError
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST = {dtype: torch.finfo(TORCH_DTYPES[dtype]).max for dtype in ("fp16",)}  # the others reach as far as fp32

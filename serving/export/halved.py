@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from serving.checks import Check
 from serving.export.loras import write_stacks
-from serving.export.options import Dtype
 from serving.export.patterns import ByRows
 from serving.export.same_graph import compare, rounded
 from serving.export.written import replace_graph
+from serving.export_options import Dtype
 from serving.loras import read_stacks
 from serving.session import GRAPH
 

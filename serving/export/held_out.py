@@ -12,11 +12,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import REFERENCE
-from serving.export.attention import ExportError
 from serving.export.held_out_texts import answers
 from serving.export.reference import save_reference
 from serving.export.refusing import refusing
 from serving.export.source import Source
+from serving.export_paths import ExportError
 from serving.quality import PREFIX, Tensors, log_likelihoods
 
 MAX_TOKENS = 4096  # of all texts of a decoder

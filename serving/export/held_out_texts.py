@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.export.attention import ExportError
 from serving.export.heads import HEADS, Inputs
 from serving.export.questions import question_of
 from serving.export.rows import input_names, write_settings
 from serving.export.source import Source
+from serving.export_paths import ExportError
 from serving.quality import Tensors, log_likelihoods
 from serving.tasks.classifier import NUMBER, SINGLE
 

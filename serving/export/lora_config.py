@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from serving.export.attention import ExportError
+from serving.export_paths import LORA_CONFIG, ExportError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = LORA_CONFIG, "adapter_model.safetensors"
 
 # What PEFT cannot merge: it acts from some token on, over layers that stand there twice, or with a bias of its own.
 _NEVER_MERGED = ("alora_invocation_tokens", "layer_replication", "lora_bias")

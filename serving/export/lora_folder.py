@@ -13,18 +13,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from serving.directory import MANIFEST, DirectoryError, check_files, read_manifest
-from serving.export.attention import ExportError
 from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
 from serving.export.refusing import refusing
+from serving.export_paths import ExportError
 
 _ENDINGS = {"CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_CLS": ("ForSequenceClassification",),
             "TOKEN_CLS": ("ForTokenClassification",)}  # fmt: skip
 _CLOSE = 1e-2  # of a matrix's largest number: more than rounding to bf16 makes
-
-
-def is_lora(folder: Path) -> bool:
-    """Whether a folder is an adapter without the weights that it adapts."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def base_of(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from serving.export import lora_folder
 from serving.export.adapters import Adapter
-from serving.export.attention import ExportError
+from serving.export_paths import ExportError
 from serving.loras import STACKS
 
 

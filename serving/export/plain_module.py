@@ -15,11 +15,11 @@ import onnx_ir as ir
 import torch
 
 from serving.directory import seal, staged
-from serving.export.attention import ExportError
 from serving.export.reference import save_reference
-from serving.export.target import check_target, versions
 from serving.export.trace import Example, give_weights, quiet, trace
+from serving.export.versions import versions
 from serving.export.weights import check_numbers
+from serving.export_paths import ExportError, check_target
 from serving.proofs import append_verification
 from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from serving.export.attention import ExportError
+from serving.export_paths import ExportError
 
 Mode = Literal["cls", "mean", "lasttoken"]
 

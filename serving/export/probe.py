@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from serving.export.attention import ExportError, InPlaceAttention, KvShape
+from serving.export.attention import InPlaceAttention, KvShape
 from serving.export.cache import PassThroughCache
 from serving.export.experts import check_experts, use_operator
 from serving.export.refusing import reason
+from serving.export_paths import ExportError
 
 
 def probe(folder: Path, config: PreTrainedConfig) -> list[KvShape]:

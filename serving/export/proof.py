@@ -11,8 +11,8 @@ from typing import Any
 from serving.checks import Check
 from serving.directory import identity
 from serving.export.halved import halve_written
-from serving.export.options import Options
 from serving.export.quantized import quantize_written
+from serving.export_options import Options
 from serving.proof_process import prove_apart
 from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove

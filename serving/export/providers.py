@@ -4,8 +4,8 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from serving.export.attention import ExportError
-from serving.export.options import Dtype, Options
+from serving.export_options import Dtype, Options
+from serving.export_paths import ExportError
 from serving.session import onnxruntime_version, why_not
 
 _TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

@@ -4,10 +4,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from serving.export.linear import Linear, linears
-from serving.export.options import Quantization
 from serving.export.quantize_blocks import blocks
 from serving.export.quantize_embedding import embeddings
 from serving.export.quantize_rows import Rows
+from serving.export_options import Quantization
 
 MIN_WEIGHTS = 4096  # a smaller matrix, as the labels of a classifier, costs nothing as it is
 AFTER_THE_HEAD = ("Add", "Cast", "Div", "Mul", "Tanh")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from serving.export.options import Quantization
 from serving.export.quantize import quantize
 from serving.export.written import replace_graph
+from serving.export_options import Quantization
 from serving.session import GRAPH
 
 

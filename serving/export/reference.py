@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving.directory import REFERENCE
-from serving.export.attention import ExportError
 from serving.export.loras import merged
 from serving.export.refusing import refusing
 from serving.export.routing import Routing
 from serving.export.source import Source
+from serving.export_paths import ExportError
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
 LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach

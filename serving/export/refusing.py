@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from serving.directory import BadInput
-from serving.export.attention import ExportError
+from serving.export_paths import ExportError
 
 
 @contextlib.contextmanager

@@ -18,17 +18,17 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.export.attention import ExportError
 from serving.export.experts import interleave, use_operator
 from serving.export.fuse import fuse
 from serving.export.heads import HEADS, Inputs
-from serving.export.options import Options
 from serving.export.pooling import Pooling
 from serving.export.questions import questions
 from serving.export.reference import TEXTS, check_finite, save_reference, text_cases
 from serving.export.source import Source
 from serving.export.trace import Example, graph_of, quiet
 from serving.export.whole_attention import fused_attention, num_fused
+from serving.export_options import Options
+from serving.export_paths import ExportError
 
 
 class Rows(torch.nn.Module):

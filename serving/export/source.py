@@ -1,6 +1,5 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from serving import exportable
-from serving.directory import MANIFEST, check_files, current, foreign_weights, identity, read_manifest
+from serving.directory import MANIFEST, check_files, foreign_weights, identity, read_manifest
 from serving.export import lora_folder
 from serving.export.adapters import Adapter
-from serving.export.attention import ExportError, KvShape
+from serving.export.attention import KvShape
 from serving.export.fingerprint import fingerprint
 from serving.export.generation import check_generation
 from serving.export.heads import AUTO_CLASSES, accepted_classes
@@ -20,6 +19,7 @@ from serving.export.pooling import Pooling, is_pooled, read_pooling
 from serving.export.probe import probe, refusal
 from serving.export.refusing import refusing
 from serving.export.weights import check_numbers, names_in, read_model
+from serving.export_paths import ExportError, find_model, is_lora
 from serving.manifest import NUMBER, SEVERAL, SINGLE
 
 MIN_CONTEXT_LENGTH = {"causal_lm": 64}  # of the others 8: a word between its special tokens
@@ -60,7 +60,7 @@ class Source:
     @property
     def is_lora(self) -> bool:
         """Whether `folder` is no more than a LoRA over the model in `body`."""
-        return lora_folder.is_lora(self.folder)
+        return is_lora(self.folder)
 
     @property
     def labels(self) -> list[str]:
@@ -156,39 +156,9 @@ def _provenance(folder: Path, body: Path, manifest: dict[str, Any] | None) -> di
 
 def _body(folder: Path, is_unmerged: bool) -> Path:
     """Return where the config.json and the weights lie that a model directory is about."""
-    if lora_folder.is_lora(folder):
+    if is_lora(folder):
         return lora_folder.base_of(folder)
     return folder / "base" if is_unmerged else folder
-
-
-def find_model(path: Path) -> Path:
-    """Return the model directory that `path` is, or that the run or the winner of the sweep at `path` holds."""
-    if path.is_file():
-        raise ExportError(f"{path}: is a file; give the folder that it is in")
-    if not path.is_dir():
-        raise ExportError(f"{path}: no such folder; expected a model directory, a run or a sweep")
-    if (path / "config.json").is_file() or lora_folder.is_lora(path):
-        return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if (path / "result.json").is_file():
-        run = _best_run(path / "result.json")
-        for candidate in (run / "model", path / run / "model", path / run.name / "model"):
-            if (candidate / "config.json").is_file():
-                return candidate
-        raise ExportError(f"{path}: its best run {run} has no model directory; train it to the end")
-    if (path / "status.json").is_file():
-        raise ExportError(f"{path}: the run has not finished; finish it: trivet train {path / 'config.yaml'}")
-    raise ExportError(
-        f"{path}: has no config.json, model/ or result.json; expected a model directory, a run or a sweep"
-    )
-
-
-def _best_run(result: Path) -> Path:
-    try:
-        return Path(current(result, json.loads(result.read_text(encoding="utf-8")))["ranking"][0]["run"])
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ExportError(f"{result}: has no ranking of runs; expected a sweep's; run the sweep again") from None
 
 
 def _check_files_present(folder: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from transformers.utils import logging as transformers_logging
 
-from serving.export.attention import ExportError
 from serving.export.layers import CannotRepeat, find_layers, one_of_each_kind, repeat
+from serving.export_paths import ExportError
 
 OPSET = 21
 

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.export.attention import ExportError
 from serving.export.refusing import refusing
+from serving.export_paths import ExportError
 
 # What transformers calls heads and poolers: of another task than the model's they may lie beside its weights.
 _HEADS = {

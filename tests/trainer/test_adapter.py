@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serving import directory
 from serving.directory import BadInput, DirectoryError
-from serving.export.attention import ExportError
 from serving.export.source import open_source
+from serving.export_paths import ExportError
 from trainer import build, model_dir
 from trainer.config import Adapter
 from trainer.strategies import STRATEGIES

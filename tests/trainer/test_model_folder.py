@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from serving import directory
 from serving.directory import BadInput, DirectoryError
-from serving.export.attention import ExportError
 from serving.export.source import open_source
+from serving.export_paths import ExportError
 from trainer import build, hub, model_dir, model_folder, models
 from trainer.config import PretrainedModel
 from trainer.tokenizers import load_tokenizer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from serving.export.attention import ExportError
 from serving.export.layers import CannotRepeat, Layers, find_layers, one_of_each_kind, repeat
 from serving.export.trace import Example, give_weights, graph_of, trace
+from serving.export_paths import ExportError
 
 
 class Layer(torch.nn.Module):

@@ -9,7 +9,7 @@ from serving.export import ExportError, export_model
 
 
 def test_a_run_and_a_sweep_lead_to_their_model(tmp_path, tiny_config, bare_model):
-    from serving.export.source import find_model
+    from serving.export_paths import find_model
 
     run = tmp_path / "run"
     run.mkdir()

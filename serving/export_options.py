@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from serving.export.attention import ExportError
+from serving.export_paths import ExportError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 Quantization = Literal["int8", "int8-weights", "int4"]
