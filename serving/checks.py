@@ -1,5 +1,6 @@
 """What the proofs of all tasks share: the comparison of texts, and how a difference of logits is judged."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ SAME_LABEL_FLOOR = 0.95
 
 Check = dict[str, Any]
 Cases = dict[str, list[dict[str, Any]]]
+
+
+def check_facts(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Check:
+    """Compare what trivet.json says of the model, and its chat template, with what held when the source was asked."""
+    differing = {name: value for name, value in facts.items() if manifest.get(name) != value}
+    wrong = [f"{name} is {manifest.get(name)!r}, not {value!r}" for name, value in differing.items()]
+    if "chat_template_sha256" in facts:
+        asked, served = facts["chat_template_sha256"], Text.open(folder).chat_template_sha256
+        wrong += [] if served == asked else [f"the chat template's sha256 is {served}, not {asked}"]
+    found = f"{len(wrong)} of {len(facts)} facts differ" + (f", first: {wrong[0]}" if wrong else "")
+    return {"passed": not wrong, "found": found, "cases": len(facts), "differ": len(wrong)}
 
 
 def check_text(folder: Path, cases: Cases) -> Check:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from serving.directory import BadInput
+from serving.directory import BadInput, DirectoryError
 
 STACKS = "loras.safetensors"  # by the names of the graph's inputs; bfloat16 as uint16, which numpy has
 
@@ -34,6 +35,12 @@ def lora_index(manifest: Mapping[str, Any], name: str | None) -> int:
 
 
 def read_stacks(folder: Path) -> dict[str, np.ndarray]:
-    """Return the stacks by the names of the graph's inputs; none where the directory has no adapters."""
+    """Return the stacks by the names of the graph's inputs; none where the directory has no adapters.
+
+    Raises DirectoryError where they cannot be read.
+    """
     path = folder / STACKS
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise DirectoryError(f"{path}: cannot be read ({error}); export the model again") from None

@@ -1,7 +1,9 @@
 """The manifest of an ONNX directory: what each task reads of it, and what must hold before its graph opens."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from serving.directory import BadInput, check_files, read_manifest
 from serving.proofs import require_verified
@@ -9,27 +11,58 @@ from serving.session import check_provider, onnxruntime_version
 
 Manifest = dict[str, Any]
 
-_OF_TEXTS = ("inputs", "max_length", "context_length", "pad_token_id", "empty_text_ids", "source")
-
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 
-# What those who open a directory read of its manifest.
-FIELDS = {
-    "causal_lm": (
-        "vocab_size",
-        "num_layers",
-        "num_kv_heads",
-        "head_dim",
-        "dtype",
-        "context_length",
-        "end_token_ids",
-        "source",
-    ),
-    "classification": ("labels", *_OF_TEXTS),
-    "token_classification": ("labels", *_OF_TEXTS),
-    "masked_lm": ("mask_token", "mask_token_id", *_OF_TEXTS),
-    "embedding": _OF_TEXTS,
-    "module": ("inputs", "outputs", "row_shapes", "row_types", "source"),
+
+class _Fields(BaseModel):
+    """What those who open a directory read of its manifest."""
+
+    model_config = ConfigDict(strict=True)
+
+    dtype: Literal["fp32", "fp16", "bf16"]
+    source: dict[str, Any]
+
+
+class _Decoder(_Fields):
+    vocab_size: PositiveInt
+    num_layers: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    context_length: PositiveInt
+    end_token_ids: list[int]
+
+
+class _OfTexts(_Fields):
+    inputs: list[str]
+    max_length: PositiveInt
+    context_length: PositiveInt
+    pad_token_id: int
+    empty_text_ids: list[int]
+
+
+class _Labelled(_OfTexts):
+    labels: list[str]
+
+
+class _Masked(_OfTexts):
+    mask_token: str
+    mask_token_id: int
+
+
+class _Module(_Fields):
+    inputs: list[str]
+    outputs: list[str]
+    row_shapes: dict[str, list[int]]
+    row_types: dict[str, str]
+
+
+FIELDS: dict[str, type[_Fields]] = {
+    "causal_lm": _Decoder,
+    "classification": _Labelled,
+    "token_classification": _Labelled,
+    "masked_lm": _Masked,
+    "embedding": _OfTexts,
+    "module": _Module,
 }
 COMMANDS = {
     "causal_lm": "trivet generate",
@@ -67,10 +100,19 @@ def without_endpoint(manifest: Manifest) -> str:
 def check_fields(folder: Path, manifest: Manifest) -> None:
     """Raise BadInput unless the manifest names a task and has what is read of it for that task."""
     task = manifest.get("task")
-    if task is not None and task not in FIELDS:
+    if task is None:
+        raise BadInput(f"{folder}: its manifest has no task; export the model again")
+    if task not in FIELDS:
         raise BadInput(
             f"{folder}: its task is {task!r}; this Trivet knows {', '.join(FIELDS)}: upgrade, or export again"
         )
-    needed = ("task", *FIELDS.get(task or "", ()))
-    if missing := [name for name in needed if name not in manifest]:
-        raise BadInput(f"{folder}: its manifest has no {', '.join(missing)}; export the model again")
+    try:
+        FIELDS[task].model_validate(manifest)
+    except ValidationError as error:
+        wrong = [_said(each) for each in error.errors(include_url=False)]
+        raise BadInput(f"{folder}: its manifest has {', '.join(wrong)}; export the model again") from None
+
+
+def _said(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    return f"no {name}" if error["type"] == "missing" else f"{name} {error['input']!r} ({error['msg']})"

@@ -22,11 +22,15 @@ def append_verification(folder: Path, record: dict[str, Any]) -> None:
 
 
 def earlier_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records so far; none where they are missing or broken. Raises NewerFormat."""
+    """Return the records so far; none where they are missing or broken. Raises NewerFormat, or DirectoryError for
+    what is there and cannot be read.
+    """
     try:
         return _read_records(folder / VERIFICATION)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return []
+    except OSError as error:
+        raise DirectoryError(f"{folder / VERIFICATION}: cannot be read ({error.strerror}); remove it") from None
 
 
 def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 Shape letters: P predicted tokens, T tokens of a text, V vocabulary, R answers of all texts, L numbers an answer.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from serving.checks import (
     ACCURACY_DROP_LIMIT,
@@ -22,6 +20,7 @@ from serving.checks import (
 from serving.directory import REFERENCE, DirectoryError
 from serving.forward import whole_texts
 from serving.manifest import Manifest
+from serving.reference_file import metadata, opened
 from serving.session import Session
 from serving.tasks import Row, run_rows
 from serving.tasks.classifier import SEVERAL
@@ -43,10 +42,10 @@ class HeldOut:
     @classmethod
     def load(cls, folder: Path) -> "HeldOut":
         """Read the directory's reference.safetensors. Raises DirectoryError where it holds no such text."""
-        with safe_open(folder / REFERENCE, framework="numpy") as file:
+        with opened(folder) as file:
             names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118 (it is no dict)
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-            about = json.loads((file.metadata() or {}).get("held_out", "{}"))
+            about = metadata(file).get("held_out", {})
         if "ids" not in tensors or "origin" not in about:
             raise DirectoryError(f"{folder / REFERENCE}: holds no held-out text; export the model again")
         ends = np.cumsum(tensors.pop("lengths"))

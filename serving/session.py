@@ -92,6 +92,11 @@ class Session:
             raise BadInput(f"{folder}: onnxruntime cannot open its graph ({reason}); export the model again") from None
         return cls(session, provider, read_stacks(Path(folder)))
 
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the graph's inputs."""
+        return list(self._input_types)
+
     def place(self, arrays: Mapping[str, np.ndarray]) -> Cache:
         """Return the cache where the provider computes: on cpu the same memory, on a GPU a copy on the device.
 

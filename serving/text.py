@@ -1,6 +1,7 @@
 """Text to token ids and back, as transformers does it, without transformers: `tokenizers` plus a sandboxed template."""
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -25,6 +26,9 @@ class Text:
         self._json = tokenizer_json
         self._cut_side = config.get("truncation_side", "right")
         self._tokenizer = _load(tokenizer_json)
+        self.chat_template_sha256 = (
+            None if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest()
+        )
         self._template = None if chat_template is None else ChatTemplate(chat_template, _named_tokens(config))
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -38,6 +42,8 @@ class Text:
         folder = Path(folder)
         try:
             config = json.loads(_read(folder / "tokenizer_config.json") or "{}")
+            if not isinstance(config, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise BadInput(f"{folder}/tokenizer_config.json: not JSON ({error}); export the model again") from None
         tokenizer_json = _read(folder / "tokenizer.json")
@@ -222,7 +228,10 @@ def _load(tokenizer_json: str) -> Tokenizer:
 
 
 def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); export the model again") from None
 
 
 def _inline_template(config: Mapping[str, Any]) -> str | None:

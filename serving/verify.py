@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from serving import verify_decoder, verify_module, verify_quantized, verify_rows
-from serving.directory import BadInput, check_files, identity, read_manifest
-from serving.manifest import check_fields
+from serving.checks import Check, check_facts
+from serving.directory import MANIFEST, BadInput, check_files, identity, read_manifest
+from serving.manifest import Manifest, check_fields
 from serving.proofs import append_verification, earlier_records
+from serving.reference_file import read_facts
 from serving.session import RunFailed, Session, onnxruntime_version
 from serving.tasks import TASKS
 
@@ -54,9 +56,10 @@ def prove(folder: Path, provider: str = "cpu", *, progress: Callable[[str], None
     manifest = read_manifest(folder, "onnx")
     check_files(folder, manifest)
     check_fields(folder, manifest)
-    run_checks = verify_quantized.run_checks if manifest.get("quantization") else RUN_CHECKS[manifest["task"]]
+    session = Session.open(folder, provider=provider)
+    _check_inputs(folder, manifest, session)
     try:
-        checks = run_checks(folder, manifest, Session.open(folder, provider=provider), report)
+        checks = _checks(folder, manifest, session, report)
     except RunFailed as error:
         checks = {"run": {"passed": False, "found": f"the graph cannot be run: {error}"}}
     failed = [f"{name}: {check['found']}" for name, check in checks.items() if not check["passed"]]
@@ -70,3 +73,26 @@ def prove(folder: Path, provider: str = "cpu", *, progress: Callable[[str], None
         "seconds": round(time.perf_counter() - started, 3),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _check_inputs(folder: Path, manifest: Manifest, session: Session) -> None:
+    """Raise BadInput where the manifest is of another graph."""
+    said = manifest.get("inputs", session.inputs)
+    if sorted(said) != sorted(session.inputs):
+        raise BadInput(
+            f"{folder}: its graph takes {', '.join(session.inputs)}, but its {MANIFEST} says {', '.join(said)}; "
+            "export the model again"
+        )
+
+
+def _checks(folder: Path, manifest: Manifest, session: Session, report: Callable[[str], None]) -> dict[str, Check]:
+    """Run all checks, first that of the manifest, which the others go by."""
+    facts, written = read_facts(folder), read_manifest(folder, "onnx", as_written=True)
+    first = {} if facts is None else {"manifest": check_facts(folder, written, facts)}
+    run_checks = verify_quantized.run_checks if manifest.get("quantization") else RUN_CHECKS[manifest["task"]]
+    try:
+        return first | run_checks(folder, manifest, session, report)
+    except Exception:
+        if all(check["passed"] for check in first.values()):
+            raise
+        return first  # of a wrong manifest the others may not even run

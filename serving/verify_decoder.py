@@ -5,7 +5,6 @@ the engine's greedy tokens with the logits behind each, one by one and in a crow
 B rows, T tokens, V vocabulary.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from serving.checks import (
     RMS_TOLERANCES,
@@ -25,10 +23,10 @@ from serving.checks import (
     spread,
 )
 from serving.differences import Differences
-from serving.directory import REFERENCE
 from serving.engine import Engine
 from serving.forward import Forward, whole_texts
 from serving.manifest import Manifest
+from serving.reference_file import metadata, opened
 from serving.request import Request, Sampling
 from serving.scheduler import Work
 from serving.session import RunFailed, Session
@@ -39,12 +37,31 @@ ALONE_TOKENS = 8  # of each answer one by one: the crowd generates all
 
 
 @dataclass(frozen=True)
+class Far:
+    """Tokens far on in the context, from position `start` on behind a past of zeros, and the logits after the last.
+
+    `margins_T`: how close each came to other experts; None without any.
+    """
+
+    ids: list[int]
+    start: int
+    logits_V: np.ndarray
+    margins_T: np.ndarray | None
+
+    @classmethod
+    def read(cls, file: Any, name: str) -> "Far":
+        """Read the tensors of `name` in an opened reference.safetensors."""
+        ids, start, logits_V = (file.get_tensor(f"{name}.{part}") for part in ("ids", "start", "logits"))
+        return cls(ids.tolist(), int(start), logits_V, _tensor(file, f"{name}.margins"))
+
+
+@dataclass(frozen=True)
 class Reference:
     """What the source answered: prompts with their greedy continuations, logits over both, texts and chats.
 
     Of a long text only the last logits are there, so they are looked up from the end. `loras` names the adapter that
-    was merged into the source for each text, None for none. `far`: tokens, the position of the first, behind a past of
-    zeros, and the logits after the last. `margins_T`: how close each token came to other experts; None without any.
+    was merged into the source for each text, None for none. `margins_T`: how close each token came to other experts;
+    None without any.
     """
 
     ids: list[list[int]]
@@ -52,26 +69,25 @@ class Reference:
     logits_TV: list[np.ndarray]
     loras: list[str | None]
     cases: Cases
-    far: tuple[list[int], int, np.ndarray] | None = None
+    far: list[Far] = field(default_factory=list)
     margins_T: list[np.ndarray | None] = field(default_factory=list)
-    far_margins_T: np.ndarray | None = None
     dtype: str = "fp32"
 
     @classmethod
     def load(cls, folder: Path, dtype: str = "fp32") -> "Reference":
         """Read the directory's reference.safetensors; `dtype` is what the graph is in, which sets what is accepted."""
-        with safe_open(folder / REFERENCE, framework="numpy") as file:
+        with opened(folder) as file:
             lengths = file.get_tensor("prompt_lengths").tolist()
             ids = [file.get_tensor(f"ids.{index}").tolist() for index in range(len(lengths))]
             logits = [file.get_tensor(f"logits.{index}") for index in range(len(lengths))]
-            cases = {name: json.loads(text) for name, text in file.metadata().items() if name != "held_out"}
+            stored = metadata(file)
             margins = [_tensor(file, f"margins.{index}") for index in range(len(lengths))]
-            far, far_margins = None, _tensor(file, "far.margins")
-            if "far.ids" in file.keys():  # noqa: SIM118 (it is no dict); of an older Trivet they are not there
-                ids_far, start, logits_V = (file.get_tensor(f"far.{name}") for name in ("ids", "start", "logits"))
-                far = ids_far.tolist(), int(start), logits_V
-        loras = cases.pop("loras", [None] * len(ids))
-        return cls(ids, lengths, logits, loras, cases, far, margins, far_margins, dtype)
+            # `far.ids` of an older Trivet, `far.0.ids` and so on of this one.
+            named = [name.removesuffix(".ids") for name in file.keys() if name.startswith("far.")]  # noqa: SIM118
+            far = [Far.read(file, name) for name in named if f"{name}.ids" in file.keys()]  # noqa: SIM118
+        loras = stored.get("loras", [None] * len(ids))
+        cases = {name: stored[name] for name in ("texts", "chats", "decoded")}
+        return cls(ids, lengths, logits, loras, cases, far, margins, dtype)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -114,8 +130,8 @@ def run_checks(folder: Path, manifest: Manifest, session: Session, report: Calla
     report("verifying logits")
     checks["logits_one_by_one"] = check_logits(session, manifest, reference, batch=1)
     checks["logits_padded_batch"] = check_logits(session, manifest, reference, batch=reference.num_short)
-    if reference.far is not None:
-        checks["logits_far_on"] = check_far(session, manifest, reference, *reference.far)
+    if reference.far:
+        checks["logits_far_on"] = check_far(session, manifest, reference)
     report("verifying tokens")
     checks["tokens_one_by_one"] = check_tokens(session, manifest, reference, crowd=False)
     checks["tokens_in_a_crowd"] = check_tokens(session, manifest, reference, crowd=True)
@@ -142,20 +158,21 @@ def check_logits(session: Session, manifest: Manifest, reference: Reference, *, 
     return differences.check(reference.rms_tolerance, rows=len(texts), positions=positions, batch=batch)
 
 
-def check_far(
-    session: Session, manifest: Manifest, reference: Reference, ids: list[int], start: int, expected_V: np.ndarray
-) -> Check:
-    """Compare the logits after the last tokens of the context, behind a past of zeros, with the source's."""
-    request = Request("far", [0] * start + ids, Sampling(max_new_tokens=1))
-    request.num_computed = start
-    try:
-        forward = Forward(session, manifest, 1, len(request.prompt_ids))
-        differences = reference.differences()
-        behind = differences.behind_tie(reference.far_margins_T, len(ids))
-        differences.add(forward.chunk(Work(request, 0, len(ids)))[0], expected_V, behind_tie=behind)
-    except Exception as error:  # the cache may not fit either
-        return {"passed": False, "found": f"position {start} cannot be run: {str(error).strip().partition(chr(10))[0]}"}
-    return differences.check(positions=len(request.prompt_ids))
+def check_far(session: Session, manifest: Manifest, reference: Reference) -> Check:
+    """Compare the logits far on in the context, up to its end and behind a past of zeros, with the source's."""
+    differences = reference.differences()
+    for far in reference.far:
+        length = far.start + len(far.ids)
+        request = Request("far", [0] * far.start + far.ids, Sampling(max_new_tokens=1))
+        request.num_computed = far.start
+        try:
+            found_V = Forward(session, manifest, 1, length).chunk(Work(request, 0, len(far.ids)))[0]
+        except Exception as error:  # the cache may not fit either
+            reason = str(error).strip().partition("\n")[0]
+            return {"passed": False, "found": f"position {far.start} cannot be run: {reason}"}
+        behind = differences.behind_tie(far.margins_T, len(far.ids))
+        differences.add(found_V, far.logits_V, behind_tie=behind)
+    return differences.check(positions=max(far.start + len(far.ids) for far in reference.far))
 
 
 def check_tokens(session: Session, manifest: Manifest, reference: Reference, *, crowd: bool) -> Check:

@@ -3,7 +3,6 @@
 Shape letters: R answers of all rows, one after the other, L numbers an answer.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from serving.checks import (
     RMS_TOLERANCES,
@@ -26,6 +24,7 @@ from serving.checks import (
 )
 from serving.directory import REFERENCE, BadInput, DirectoryError
 from serving.manifest import Manifest
+from serving.reference_file import metadata, opened
 from serving.session import Session
 from serving.tasks import TASKS, Row, TextTask, run_rows
 from serving.text import Text
@@ -50,8 +49,8 @@ class Reference:
 
         Raises DirectoryError for one of an older Trivet.
         """
-        with safe_open(folder / REFERENCE, framework="numpy") as file:
-            stored = {name: json.loads(text) for name, text in file.metadata().items()}
+        with opened(folder) as file:
+            stored = metadata(file)
             if "questions" not in stored:
                 raise DirectoryError(f"{folder / REFERENCE}: written by an older Trivet; export the model again")
             cases = {"texts": stored["texts"]}

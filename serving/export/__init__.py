@@ -99,7 +99,8 @@ def _write(
     exporter = EXPORTERS[opened.task]
     report("running the source model")
     with quiet(), watched(model, options.dtype):
-        exporter.write_reference(model, tokenizer, opened, folder)
+        facts = _facts(opened, options, tokenizer) | exporter.write_settings(model, tokenizer, opened, folder)
+        exporter.write_reference(model, tokenizer, opened, facts, folder)
         if held_out is not None:
             add_held_out(model, tokenizer, opened, held_out, folder)
     report("writing the graph")
@@ -108,8 +109,9 @@ def _write(
     with quiet():
         # Written by transformers, not copied: for some classes it changes tokenizer.json when it loads it.
         tokenizer.save_pretrained(folder)
-        fields = exporter.write_settings(model, tokenizer, opened, folder)
-    seal(folder, "onnx", **_manifest(opened, options, tokenizer) | fields, inputs=inputs, outputs=outputs)
+    # Both until the graph is rounded: see halved.py and quantized.py.
+    rounded = {"dtype": "fp32", "quantization": None}
+    seal(folder, "onnx", **facts, **rounded, inputs=inputs, outputs=outputs, versions=versions())
 
 
 def _write_graph(
@@ -143,16 +145,16 @@ def _with_loras(source: Source, options: Options) -> Source:
     return replace(source, loras=adapters)
 
 
-def _manifest(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _facts(source: Source, options: Options, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what is known of every model before it is asked anything; see the exporters' write_settings for more."""
     template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
     return {
         "task": source.task,
         "architecture": source.architecture,
-        "dtype": "fp32",  # both until the graph is rounded: see halved.py and quantized.py
-        "quantization": None,
         "optimize_for": options.optimize_for,
         "labels": None,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
+        "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "source": source.provenance,
-        "versions": versions(),
     }

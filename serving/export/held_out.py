@@ -1,6 +1,5 @@
 """Held-out text for the proof of a quantised model: what the untouched source says of it, kept as ids and numbers."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.directory import REFERENCE
 from serving.export.held_out_texts import answers
 from serving.export.reference import save_reference
 from serving.export.refusing import refusing
 from serving.export.source import Source
 from serving.export_paths import ExportError
 from serving.quality import PREFIX, Tensors, log_likelihoods
+from serving.reference_file import metadata, opened
 
 MAX_TOKENS = 4096  # of all texts of a decoder
 MIN_TOKENS = 256  # fewer say little about what was lost
@@ -55,11 +53,11 @@ def add_held_out(
 
 
 def _add(folder: Path, tensors: Tensors, origin: str) -> None:
-    with safe_open(folder / REFERENCE, framework="numpy") as file:
+    with opened(folder) as file:
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        metadata = file.metadata() or {}
+        stored = metadata(file)
     named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    save_reference(folder, kept | named, metadata | {"held_out": json.dumps({"origin": origin})})
+    save_reference(folder, kept | named, stored | {"held_out": {"origin": origin}})
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, source: Source, held_out: HeldOutRows) -> list[list[int]]:

@@ -21,6 +21,7 @@ from serving.export.versions import versions
 from serving.export.weights import check_numbers
 from serving.export_paths import ExportError, check_target
 from serving.proofs import append_verification
+from serving.reference_file import FACTS
 from serving.session import GRAPH
 from serving.verify import VerificationFailed, prove
 
@@ -52,11 +53,12 @@ def export_module(
         report("running the source model")
         rows = _rows(inputs)
         answers = _ask(module, rows)
-        save_reference(folder, _reference(rows, answers), {})
+        facts = _facts(module, rows, answers, labels)
+        save_reference(folder, _reference(rows, answers), {FACTS: facts})
         report("writing the graph")
         graph = _graph(module, rows, list(answers))
         ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data")
-        seal(folder, "onnx", **_manifest(module, rows, answers, labels))
+        seal(folder, "onnx", **facts, versions=versions())
         record = prove(folder, "cpu", progress=report)
         append_verification(folder, record)
         if not record["passed"]:
@@ -157,7 +159,7 @@ def _reference(rows: Tensors, answers: Tensors) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in kept.items()}
 
 
-def _manifest(module: torch.nn.Module, rows: Tensors, answers: Tensors, labels: Sequence[str] | None) -> dict[str, Any]:
+def _facts(module: torch.nn.Module, rows: Tensors, answers: Tensors, labels: Sequence[str] | None) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         weights.update(name.encode())
@@ -174,7 +176,6 @@ def _manifest(module: torch.nn.Module, rows: Tensors, answers: Tensors, labels: 
         "row_shapes": {name: list(value.shape[1:]) for name, value in rows.items()},
         "row_types": {name: str(value.numpy().dtype) for name, value in rows.items()},
         "source": {"path": None, "identity": None, "sha256": weights.hexdigest()},
-        "versions": versions(),
     }
 
 

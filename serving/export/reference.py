@@ -4,7 +4,8 @@
 [at most NUM_KEPT_LOGITS, vocabulary] the source's logits over the last of these ids but one. The file's metadata holds
 texts and chats with their ids.
 Of a mixture of experts, `margins.<i>` is how close each of these ids came to other experts (see routing.py).
-`far.ids` are tokens from position `far.start` on, behind a past of zeros, and `far.logits` those after the last.
+`far.<i>.ids` are tokens from position `far.<i>.start` on, behind a past of zeros, and `far.<i>.logits` those after
+the last.
 The i-th text runs alone, unpadded, in fp32: the plainest thing the source can do. `loras` in the metadata names the
 adapter that was merged into the source for it, None for none.
 """
@@ -27,12 +28,14 @@ from serving.export.refusing import refusing
 from serving.export.routing import Routing
 from serving.export.source import Source
 from serving.export_paths import ExportError
+from serving.reference_file import FACTS
 
 PROMPT_LENGTHS = (1, 3, 8, 17, 33, 64)
 LONG_PROMPT = 300  # several chunks of the engine's default, at positions that the others do not reach
 LORA_PROMPTS = slice(1, 4)  # of these, for each adapter
 NUM_NEW_TOKENS = 24
-FAR_TOKENS = 8  # at the end of the context
+FAR_TOKENS = 8  # at each of these parts of the context, where the long prompt does not reach
+FAR_PARTS = (0.25, 0.5, 0.75, 1)
 FAR_CACHE_BYTES = 256 << 20  # of what lies before them; of a longer context the end is not reached
 NUM_KEPT_LOGITS = max(PROMPT_LENGTHS) + NUM_NEW_TOKENS - 1  # all of the others; the file stays small
 
@@ -54,10 +57,15 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
-    """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors."""
+def write_reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, facts: dict[str, Any], folder: Path
+) -> None:
+    """Run `model`, whose attention is still its own, and write `folder`/reference.safetensors.
+
+    `facts`: what trivet.json says of the model, which is kept there too.
+    """
     prompts = _prompts(tokenizer, source.config.vocab_size, source.config.max_position_embeddings)
-    tensors = _far_answer(model, prompts[-1][:FAR_TOKENS], source)  # first: nothing else is kept in memory yet
+    tensors = _far_answers(model, prompts[-1][:FAR_TOKENS], source)  # first: nothing else is kept in memory yet
     answered: list[list[int]] = []
     loras: list[str | None] = []
     for adapter in (None, *source.loras):
@@ -71,10 +79,11 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         loras += [None if adapter is None else adapter.name] * len(asked)
     tensors["prompt_lengths"] = np.array([len(prompt) for prompt in answered])
     metadata = {
-        "loras": json.dumps(loras),
-        "texts": json.dumps(text_cases(tokenizer)),
-        "chats": json.dumps(_chat_cases(tokenizer)),
-        "decoded": json.dumps(_decoded_cases(tokenizer, tensors)),
+        FACTS: facts,
+        "loras": loras,
+        "texts": text_cases(tokenizer),
+        "chats": _chat_cases(tokenizer),
+        "decoded": _decoded_cases(tokenizer, tensors),
     }
     save_reference(folder, tensors, metadata)
 
@@ -104,15 +113,23 @@ def _logits(
     return logits[0].float(), routing.margins_T
 
 
-def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
-    """Return what `model` answers to tokens at the last positions that it has, behind a past of zeros.
+def _far_answers(model: PreTrainedModel, ids: list[int], source: Source) -> dict[str, np.ndarray]:
+    """Return what `model` answers to tokens far on in its context, and at the end of it, behind a past of zeros.
 
     Such a past costs no more than its memory, and shows where far positions or a sliding window go wrong: every token
     of it that is looked at takes its share of the attention.
     """
     kv = source.layers[0]
     longest = FAR_CACHE_BYTES // (len(source.layers) * 2 * kv.num_kv_heads * kv.head_dim * 4)
-    start = min(source.config.max_position_embeddings, longest) - len(ids)
+    end = min(source.config.max_position_embeddings, longest)
+    ends = [int(end * part) for part in FAR_PARTS if part == 1 or end * part > LONG_PROMPT + NUM_NEW_TOKENS]
+    found: dict[str, np.ndarray] = {}
+    for index, start in enumerate(each - len(ids) for each in ends):
+        found |= {f"far.{index}.{name}": value for name, value in _far_answer(model, ids, start, source).items()}
+    return found
+
+
+def _far_answer(model: PreTrainedModel, ids: list[int], start: int, source: Source) -> dict[str, np.ndarray]:
     past = DynamicCache()
     for layer, shape in enumerate(source.layers):
         if shape.cached is not None:
@@ -120,8 +137,8 @@ def _far_answer(model: PreTrainedModel, ids: list[int], source: Source) -> dict[
             past.update(keys, values, layer)
     positions = torch.arange(start, start + len(ids))[None]
     logits, margins = _logits(model, ids, source, position_ids=positions, past_key_values=past)
-    found = {"far.ids": np.array(ids), "far.start": np.array(start), "far.logits": logits[-1].numpy()}
-    return found if margins is None else found | {"far.margins": margins.numpy()}
+    found = {"ids": np.array(ids), "start": np.array(start), "logits": logits[-1].numpy()}
+    return found if margins is None else found | {"margins": margins.numpy()}
 
 
 def check_finite(logits: torch.Tensor, source: Source) -> None:
@@ -132,10 +149,11 @@ def check_finite(logits: torch.Tensor, source: Source) -> None:
         raise ExportError(f"{source.folder}: the model answers {float(logits.min()):g} to everything; was it trained?")
 
 
-def save_reference(folder: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write `folder`/reference.safetensors."""
+def save_reference(folder: Path, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Write `folder`/reference.safetensors, its metadata as JSON."""
     # Of bytes the file would be in memory twice. It is readable by its owner alone, and another user may serve it.
-    save_file(tensors, folder / REFERENCE, metadata=metadata)
+    stored = {name: json.dumps(value) for name, value in metadata.items()}
+    save_file(tensors, folder / REFERENCE, metadata=stored)
     umask = os.umask(0)
     os.umask(umask)
     (folder / REFERENCE).chmod(0o666 & ~umask)

@@ -10,7 +10,6 @@ last token that is not `pad_token_id`: that very token must pad a batch, on the 
 
 import contextlib
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from serving.export.trace import Example, graph_of, quiet
 from serving.export.whole_attention import fused_attention, num_fused
 from serving.export_options import Options
 from serving.export_paths import ExportError
+from serving.reference_file import FACTS
 
 
 class Rows(torch.nn.Module):
@@ -52,14 +52,16 @@ class Rows(torch.nn.Module):
         return HEADS[self.task].graph(self.model, asked, self.pooling).float()
 
 
-def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
+def write_reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, facts: dict[str, Any], folder: Path
+) -> None:
     """Run `model` on whole texts, each alone and unpadded, and write `folder`/reference.safetensors.
 
     It holds `outputs` [R, L], what the model says of all rows, one after the other, and as metadata `questions` (texts
-    with their rows and with what is to be answered), `texts` (more texts with their ids) and `labels`.
+    with their rows and with what is to be answered), `texts` (more texts with their ids), `labels`, and `facts`, what
+    trivet.json says of the model.
     """
-    settings = write_settings(model, tokenizer, source, folder)
-    settings["token_types"] = "token_type_ids" in input_names(model, tokenizer, source)
+    settings = facts | {"token_types": "token_type_ids" in input_names(model, tokenizer, source)}
     answers, outputs = [], []
     try:
         for question in questions(tokenizer, source, settings):
@@ -73,10 +75,8 @@ def write_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         ) from error
     whole = torch.cat(outputs)
     check_finite(whole, source)
-    metadata = {"labels": settings.get("labels"), "questions": answers, "texts": text_cases(tokenizer)}
-    save_reference(
-        folder, {"outputs": whole.float().numpy()}, {name: json.dumps(value) for name, value in metadata.items()}
-    )
+    metadata = {FACTS: facts, "labels": facts["labels"], "questions": answers, "texts": text_cases(tokenizer)}
+    save_reference(folder, {"outputs": whole.float().numpy()}, metadata)
 
 
 def write_graph(model: PreTrainedModel, source: Source, options: Options, path: Path) -> tuple[list[str], list[str]]:

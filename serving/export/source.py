@@ -24,6 +24,8 @@ from serving.manifest import NUMBER, SEVERAL, SINGLE
 
 MIN_CONTEXT_LENGTH = {"causal_lm": 64}  # of the others 8: a word between its special tokens
 
+LONGEST_CONTEXT = 1 << 24  # tokens: a graph holds a table of all positions
+
 # These change the frequencies with the length of the whole text, also for keys that are already in the cache.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -101,7 +103,17 @@ class Source:
         if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
             # transformers makes one up of the special tokens where the file is missing
             raise ExportError(f"{where}: no tokenizer: no vocabulary lies beside its tokenizer_config.json; {fix}")
+        _check_tokenizer(where, tokenizer)
         return tokenizer
+
+
+def _check_tokenizer(where: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ExportError for settings of a tokenizer that are not served as they are."""
+    longest, settings = tokenizer.model_max_length, where / "tokenizer_config.json"
+    if not isinstance(longest, int) or longest < 1:
+        raise ExportError(f"{settings}: model_max_length {longest!r}; accepted: a whole number, 1 or more")
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ExportError(f"{settings}: split_special_tokens true; accepted: false, special tokens are read as such")
 
 
 def open_source(path: Path, attach: Attach | None = None) -> Source:
@@ -193,8 +205,10 @@ def _check_config(folder: Path, config: PreTrainedConfig) -> tuple[str, str]:
     if task == "causal_lm" and not AUTO_CLASSES[task]._model_mapping[type(config)]._supports_attention_backend:
         raise ExportError(refusal(folder, config))
     context_length, shortest = getattr(config, "max_position_embeddings", None), MIN_CONTEXT_LENGTH.get(task, 8)
-    if not context_length or context_length < shortest:
-        raise ExportError(f"{where}: max_position_embeddings {context_length}; accepted: {shortest} or more")
+    if not isinstance(context_length, int) or not shortest <= context_length <= LONGEST_CONTEXT:
+        raise ExportError(
+            f"{where}: max_position_embeddings {context_length}; accepted: {shortest} to {LONGEST_CONTEXT}"
+        )
     return task, architecture
 
 

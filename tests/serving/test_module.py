@@ -69,7 +69,7 @@ def test_a_module_answers_as_its_source_in_batches_of_any_size(cnn, cnn_dir):
         cnn.train()
     assert opened.manifest["labels"] == ["a", "b", "c", "d"]
     record = verify(cnn_dir)
-    assert list(record["checks"]) == ["output_one_by_one", "output_batch"]
+    assert list(record["checks"]) == ["manifest", "output_one_by_one", "output_batch"]
 
 
 @pytest.mark.parametrize("form", [tuple, dict])

@@ -16,9 +16,10 @@ from serving.session import Session
 from serving.verify import VerificationFailed, verify
 from serving.verify_decoder import Reference
 
-CHECKS = [
+COMPARED = [
     "text", "logits_one_by_one", "logits_padded_batch", "logits_far_on", "tokens_one_by_one", "tokens_in_a_crowd"
 ]  # fmt: skip
+CHECKS = ["manifest", *COMPARED]
 
 
 def weights(graph) -> dict:
@@ -33,7 +34,7 @@ def test_a_sound_directory_passes_and_the_record_says_what_was_compared(onnx_cop
     assert list(record["checks"]) == CHECKS
     assert json.loads((onnx_copy / "verification.json").read_text())["records"][-1] == record
     assert (record["provider"], record["passed"], record["reason"]) == ("cpu", True, None)
-    for name in CHECKS[1:]:
+    for name in COMPARED[1:]:
         assert 0 < record["checks"][name]["max_abs_diff"] < record["checks"][name]["tolerance"] / 50
     assert record["checks"]["tokens_in_a_crowd"]["tokens"] == 7 * 24
     assert record["checks"]["tokens_in_a_crowd"]["mismatches"] == 0
@@ -96,7 +97,7 @@ def test_position_ids_shifted_by_one_are_seen(exported, tmp_path, change_graph, 
         graph.node.insert(0, onnx.helper.make_node("Add", ["position_ids", "one"], ["shifted"]))
 
     change_graph(folder, shift)
-    assert failed_checks(folder) == CHECKS[1:]
+    assert failed_checks(folder) == COMPARED[1:]
 
 
 def test_another_tokenizer_is_seen(onnx_copy, make_tokenizer, reseal, failed_checks):
@@ -113,7 +114,29 @@ def test_another_chat_template_is_seen(onnx_copy, reseal, failed_checks):
     template = onnx_copy / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\n", "assistant "))
     reseal(onnx_copy)
-    assert failed_checks(onnx_copy) == ["text"]
+    assert failed_checks(onnx_copy) == ["manifest", "text"]
+
+
+def test_a_chat_template_that_differs_where_no_chat_shows_it_is_seen(onnx_copy, reseal, failed_checks):
+    template = onnx_copy / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if messages | length > 99 %}Enough.{% endif %}")
+    reseal(onnx_copy)
+    assert failed_checks(onnx_copy) == ["manifest"]
+    records = json.loads((onnx_copy / "verification.json").read_text())["records"]
+    assert "the chat template's sha256 is" in records[-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"context_length": 200}, {"end_token_ids": []}, {"source": {"sha256": "0"}}, {"chat_template_sha256": None}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_manifest_that_says_something_else_of_the_model_is_seen(onnx_copy, reseal, failed_checks, changed):
+    reseal(onnx_copy, **changed)
+    assert failed_checks(onnx_copy) == ["manifest"]
+    [(name, value)] = changed.items()
+    records = json.loads((onnx_copy / "verification.json").read_text())["records"]
+    assert f"1 of 13 facts differ, first: {name} is {value!r}, not " in records[-1]["reason"]
 
 
 def test_a_chunk_in_the_wrong_row_is_seen(onnx_copy, monkeypatch, failed_checks):

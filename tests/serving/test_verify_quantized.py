@@ -69,7 +69,7 @@ def test_a_quantised_directory_is_verified_again_and_opened_like_any_other(quant
 
     folder = shutil.copytree(quantized(quantization), tmp_path / "onnx")
     record = verify(folder)
-    assert record["checks"].keys() == {"text", "quality", "alone_and_in_a_crowd"}
+    assert record["checks"].keys() == {"manifest", "text", "quality", "alone_and_in_a_crowd"}
     said = []
     for slots in (1, 4):
         engine = Engine.open(folder, slots=slots, step_tokens=1000)

@@ -14,7 +14,7 @@ from serving.tasks import Classifier, Embedder, MaskFiller, Tagger
 from serving.verify import verify
 from serving.verify_rows import Reference, compare
 
-CHECKS = ["text", "rows", "logits_one_by_one", "logits_padded_batch", "answers"]
+CHECKS = ["manifest", "text", "rows", "logits_one_by_one", "logits_padded_batch", "answers"]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_sound_directory_passes_and_the_reference_holds_ragged_texts(classifie
     assert any(row.ids[-1] == 0 for row in reference.rows), "no text ends in the token that also pads"
     record = verify(spoilt("llama"))
     assert list(record["checks"]) == CHECKS
-    for name in CHECKS[2:]:
+    for name in CHECKS[3:]:
         assert 0 < record["checks"][name]["max_abs_diff"] < record["checks"][name]["tolerance"] / 50
 
 
@@ -84,7 +84,7 @@ def test_a_matrix_that_is_one_per_cent_too_large_is_seen(spoilt, change_graph, f
         )
 
     change_graph(folder := spoilt("llama"), scale_one)
-    assert failures(folder)[:2] == CHECKS[2:4]
+    assert failures(folder)[:2] == CHECKS[3:5]
 
 
 def test_another_pooled_token_is_seen(spoilt, change_graph, failures):
@@ -93,12 +93,12 @@ def test_another_pooled_token_is_seen(spoilt, change_graph, failures):
         node.op_type = "ArgMin"
 
     change_graph(folder := spoilt("llama"), pool_the_first)
-    assert failures(folder) == CHECKS[2:]
+    assert failures(folder) == CHECKS[3:]
 
 
 def test_another_padding_token_is_seen(spoilt, reseal, failures):
     reseal(folder := spoilt("llama"), pad_token_id=5)
-    assert failures(folder) == ["logits_padded_batch"]
+    assert failures(folder) == ["manifest", "logits_padded_batch"]
 
 
 def test_an_ignored_attention_mask_is_seen(spoilt, change_graph, failures):
@@ -116,14 +116,14 @@ def test_an_ignored_attention_mask_is_seen(spoilt, change_graph, failures):
 
 def test_swapped_labels_are_seen(spoilt, reseal, failures):
     reseal(folder := spoilt("llama"), labels=["good", "so-so", "bad"])
-    assert failures(folder) == ["answers"]
+    assert failures(folder) == ["manifest", "answers"]
     records = json.loads((folder / "verification.json").read_text())["records"]
     assert "the labels are ['good', 'so-so', 'bad'], not ['bad', 'so-so', 'good']" in records[-1]["reason"]
 
 
 def test_another_cut_or_stand_in_is_seen(spoilt, reseal, failures):
     reseal(folder := spoilt("llama"), empty_text_ids=[7])
-    assert failures(folder) == ["rows", "answers"]
+    assert failures(folder) == ["manifest", "rows", "answers"]
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": "left"}))
     reseal(folder, empty_text_ids=[2])
@@ -148,7 +148,7 @@ def test_a_weight_that_is_no_number_is_a_failed_proof(spoilt, change_graph, fail
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
     change_graph(folder := spoilt("llama"), poison)
-    assert failures(folder) == CHECKS[2:]
+    assert failures(folder) == CHECKS[3:]
 
 
 def label_check(onnx_dir: Path, margin: float, dtype: str = "fp32", seen: float = 1e-6) -> dict:
@@ -210,13 +210,19 @@ def spoilt_tags(text_model, tmp_path) -> Path:
 def test_swapped_tags_are_seen(text_model, tmp_path, reseal, failed_checks):
     folder = spoilt_tags(text_model, tmp_path)
     reseal(folder, labels=["I-PER", "B-PER", "O"])
-    assert failed_checks(folder, Tagger) == ["answers"]
+    assert failed_checks(folder, Tagger) == ["manifest", "answers"]
 
 
 def test_another_mask_token_is_seen(text_model, tmp_path, reseal, failed_checks):
     folder = Path(shutil.copytree(text_model("roberta", "masks")[1], tmp_path / "onnx"))
     reseal(folder, mask_token_id=7)
-    assert failed_checks(folder, MaskFiller) == ["rows", "logits_one_by_one", "logits_padded_batch", "answers"]
+    assert failed_checks(folder, MaskFiller) == [
+        "manifest",
+        "rows",
+        "logits_one_by_one",
+        "logits_padded_batch",
+        "answers",
+    ]
 
 
 def test_token_types_that_are_left_at_zero_are_seen(text_model, tmp_path, change_graph, failed_checks):

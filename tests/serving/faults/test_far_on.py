@@ -49,6 +49,29 @@ def test_rotary_tables_that_are_wrong_beyond_the_prompts_are_refused(
     refused(long_mistral(tmp_path / "model", save_with_tokenizer), "published: logits_far_on: logits differ")
 
 
+@pytest.mark.parametrize("part", [0.25, 0.5, 0.75])
+def test_learned_positions_that_are_wrong_in_the_middle_of_the_context_are_refused(
+    tmp_path, save_with_tokenizer, change_graph, failed_checks, part
+):
+    from onnx import numpy_helper
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=0
+    )
+    export_model(save_with_tokenizer(tmp_path / "model", GPT2LMHeadModel(config).eval()), tmp_path / "onnx")
+
+    def forget(graph):
+        [table] = [each for each in graph.initializer if list(each.dims) == [2048, 32]]
+        positions = numpy_helper.to_array(table).copy()
+        middle = int(2048 * part)
+        positions[middle - 30 : middle + 30] = 0
+        table.CopyFrom(numpy_helper.from_array(positions, table.name))
+
+    change_graph(tmp_path / "onnx", forget)
+    assert failed_checks(tmp_path / "onnx") == ["logits_far_on"]
+
+
 # --- models over whole texts -----------------------------------------------------------------------------------------
 
 
