@@ -13,6 +13,7 @@ from launch.stopping import stopped, stopped_by_sigterm
 from serving.directory import BadInput, read_manifest
 from serving.export_options import Options
 from serving.export_paths import check_target, find_model
+from serving.generation_config import not_served
 from serving.loras import lora_names
 from serving.manifest import COMMANDS, without_endpoint
 from serving.proofs import Unproven, require_verified
@@ -71,6 +72,8 @@ def _what_next(onnx_dir: Path, record: dict[str, Any]) -> list[str]:
     """Print the record, if anything could be verified here; return what is still to be done."""
     if record["provider"] is not None:
         print_record(onnx_dir, record)
+    if asked := not_served(onnx_dir):
+        print(f"note: generation_config.json asks for {', '.join(asked)}, which is not served", file=sys.stderr)
     manifest = read_manifest(onnx_dir, "onnx")
     provider = manifest["optimize_for"]
     served_there = "" if provider == "cpu" else f" --provider {provider}"

@@ -93,7 +93,8 @@ class Text:
         the characters of `text` that each id stands for; no piece where there is no id.
         """
         encoding = self._encoding(self._tokenizer, text, add_special_tokens=False)
-        encoding.truncate(max(max_length - self._tokenizer.num_special_tokens_to_add(is_pair=False), 1))
+        room = max(max_length - self._tokenizer.num_special_tokens_to_add(is_pair=False), 1)
+        encoding.truncate(room, direction=self._cut_side)
         pieces = [self._tokenizer.post_process(each) for each in (encoding, *encoding.overflowing)]
         return [(piece.ids, piece.offsets) for piece in pieces if piece.ids]
 

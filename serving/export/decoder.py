@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serving.export.generation import GENERATION
+from serving import generation_config
 from serving.export.graph import write_graph
 from serving.export.reference import write_reference
 from serving.export.source import Source
@@ -18,7 +18,7 @@ def write_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
 ) -> dict[str, Any]:
     """Write generation_config.json; return what the engine needs to know, for the manifest."""
-    settings = source.body / GENERATION
+    settings = source.body / generation_config.NAME
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     else:

@@ -1,20 +1,24 @@
-"""Which tokens end an answer: what generation_config.json says, else config.json, checked before any work."""
+"""Generation defaults that are checked before any work: which tokens end an answer, and how the next one is picked."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
+from serving.directory import BadInput
 from serving.export_paths import ExportError
-
-GENERATION = "generation_config.json"
+from serving.generation_config import NAME, read_settings, sampling_defaults
 
 
 def check_generation(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise ExportError for a generation_config.json that cannot be read, or an end token that the model cannot say."""
-    path = folder / GENERATION
-    ids = _settings(path).get("eos_token_id") if path.is_file() else config.eos_token_id
+    """Raise ExportError for a generation_config.json that cannot be read, samples out of range, or names an end token
+    that the model cannot say; for that of config.json where there is none.
+    """
+    path = folder / NAME
+    try:
+        sampling_defaults(folder)
+        ids = read_settings(folder).get("eos_token_id") if path.is_file() else config.eos_token_id
+    except BadInput as error:
+        raise ExportError(str(error)) from None
     for each in ids if isinstance(ids, list) else [ids]:
         if each is None and not isinstance(ids, list):
             return
@@ -24,13 +28,3 @@ def check_generation(folder: Path, config: PreTrainedConfig) -> None:
                 f"{where}: eos_token_id {each!r}; accepted: whole numbers from 0 to {config.vocab_size - 1}, the "
                 "vocabulary's"
             )
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read ({error}); mend it, or remove it") from None
-    return settings

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import json
 import signal
 import socket
 import sys
@@ -19,8 +18,8 @@ from fastapi import FastAPI
 from serving.directory import BadInput, read_manifest
 from serving.driver import Driver
 from serving.engine import Engine
+from serving.generation_config import sampling_defaults
 from serving.manifest import COMMANDS, without_endpoint
-from serving.request import Sampling
 from serving.server.app import MAX_BODY_BYTES, build_app
 from serving.server.auth import check_keys
 from serving.task_engine import TaskEngine
@@ -209,18 +208,6 @@ def _listen_for_signals(signals: "asyncio.Queue[int]") -> Callable[[], None]:
             signal.signal(number, handler)
 
     return restore
-
-
-def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Return temperature, top_p and top_k of the folder's generation_config.json if it samples. Raises BadInput."""
-    path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if not settings.get("do_sample"):
-        return {}
-    found = {name: settings.get(name) for name in ("temperature", "top_p", "top_k")}
-    defaults = {"temperature": 1.0, **{name: value for name, value in found.items() if value is not None}}
-    Sampling(**defaults)  # raises BadInput
-    return defaults
 
 
 def _is_loopback(listener: socket.socket) -> bool:

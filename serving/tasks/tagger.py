@@ -57,10 +57,15 @@ def first_tokens(question: Question, logits: Sequence[np.ndarray]) -> list[tuple
     ends = [end for _, end in word_ends]
     found: list[tuple[int, int, np.ndarray]] = []
     before = -1
-    for row, logits_TL in zip(question.rows, logits, strict=True):
-        for (first, after), logits_L in zip(row.offsets or [], logits_TL, strict=True):
+    rows = [(row.offsets or [], logits_TL) for row, logits_TL in zip(question.rows, logits, strict=True)]
+    for offsets, logits_TL in sorted(rows, key=_last_character):  # cut on the left, the end comes first
+        for (first, after), logits_L in zip(offsets, logits_TL, strict=True):
             word = int(np.searchsorted(ends, after - 1, side="right"))
             if after > first and before < word < len(ends) and word_ends[word][0] < after:
                 found.append((*word_ends[word], logits_L))
                 before = word
     return found
+
+
+def _last_character(row: tuple[Sequence[tuple[int, int]], np.ndarray]) -> int:
+    return max((after for _, after in row[0]), default=0)

@@ -119,6 +119,22 @@ def test_a_text_that_is_too_long_is_cut_as_transformers_does(pair, max_length, s
         assert ours.encode_cut(text, max_length) == (expected, len(again(text)["input_ids"]) > max_length)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [7, 20, 1000])
+def test_a_text_in_windows_is_cut_as_transformers_does(pair, max_length, side, tmp_path):
+    from transformers import AutoTokenizer
+
+    pair[1].save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": side}))
+    ours, again = Text.open(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    windows = again(
+        CORPUS, truncation=True, max_length=max_length, return_overflowing_tokens=True, return_offsets_mapping=True
+    )
+    expected = list(zip(windows["input_ids"], windows["offset_mapping"], strict=True))
+    assert ours.encode_windows(CORPUS, max_length) == expected
+
+
 @pytest.mark.parametrize("messages", CHATS)
 def test_chat_ids_equal_those_of_transformers(pair, messages):
     ours, theirs = pair

@@ -213,6 +213,15 @@ def test_swapped_tags_are_seen(text_model, tmp_path, reseal, failed_checks):
     assert failed_checks(folder, Tagger) == ["manifest", "answers"]
 
 
+def test_a_tagger_whose_tokenizer_cuts_on_the_left_answers_as_its_source(text_model, tmp_path):
+    source = Path(shutil.copytree(text_model("distilbert", "tags")[0], tmp_path / "source"))
+    config = source / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"truncation_side": "left", "model_max_length": 24}))
+    assert export_model(source, tmp_path / "onnx")["passed"]
+    reference = Reference.load(tmp_path / "onnx")
+    assert max(len(case["rows"]) for case in reference.questions) > 1, "no text has several rows"
+
+
 def test_another_mask_token_is_seen(text_model, tmp_path, reseal, failed_checks):
     folder = Path(shutil.copytree(text_model("roberta", "masks")[1], tmp_path / "onnx"))
     reseal(folder, mask_token_id=7)

@@ -115,6 +115,21 @@ def test_a_vocabulary_that_is_missing(text_model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model_max_length": "512"}, "model_max_length '512'; accepted: a whole number, 1 or more"),
+        ({"model_max_length": 0}, "model_max_length 0; accepted: a whole number, 1 or more"),
+        ({"split_special_tokens": True}, "split_special_tokens true; accepted: false"),
+    ],
+)
+def test_a_tokenizers_setting_that_is_not_served_as_it_is(text_model, tmp_path, setting, message):
+    source = Path(shutil.copytree(text_model("bert", "label")[0], tmp_path / "place" / "source"))
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    refused(source, source.parent / "onnx", rf"source/tokenizer_config\.json: {message}")
+
+
 def test_a_target_inside_another_export_which_would_not_be_served_any_more(source, onnx_copy):
     refused(source, onnx_copy / "sub" / "sub", f"sub/sub: lies in {onnx_copy}, which allows no other files; give a")
     assert not (onnx_copy / "sub").exists()

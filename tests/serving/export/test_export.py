@@ -40,6 +40,29 @@ def test_the_directory_is_whole_and_says_what_it_holds(onnx_dir, model_dir):
     assert len({path.stat().st_mode for path in onnx_dir.iterdir()}) == 1, "who may read one file may read all"
 
 
+def test_of_several_chat_templates_the_hash_is_that_of_the_default(model_dir, tmp_path):
+    import hashlib
+
+    from transformers import AutoTokenizer
+
+    source = Path(shutil.copytree(model_dir("llama"), tmp_path / "source"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "rag": "{{ messages[0]['content'] }}"}
+    tokenizer.save_pretrained(source)
+    export_model(source, tmp_path / "onnx")
+    manifest = read_manifest(tmp_path / "onnx", "onnx")
+    assert manifest["chat_template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
+
+
+def test_generation_defaults_that_are_not_served_are_said_after_the_export(model_dir, tmp_path, trivet):
+    source = Path(shutil.copytree(model_dir("llama"), tmp_path / "source"))
+    (source / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 1.1}')
+    code, _, err = trivet("export", source, tmp_path / "onnx")
+    assert code == 0
+    assert "note: generation_config.json asks for repetition_penalty 1.1, which is not served\n" in err
+
+
 def test_attention_is_group_query_attention_over_unexpanded_heads(onnx_dir):
     import onnx
 

@@ -68,7 +68,8 @@ def test_attention_sinks_are_refused_not_ignored(tmp_path, tiny_config, bare_mod
             "rope_type 'dynamic' changes",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantized"),
-        ({"max_position_embeddings": 32}, "max_position_embeddings 32; accepted: 64 or more"),
+        ({"max_position_embeddings": 32}, "max_position_embeddings 32; accepted: 64 to 16777216"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000; accepted: 64 to 16777216"),
         ({"model_type": "no_such_model"}, "config.json: transformers cannot make a model of it"),
     ],
 )
@@ -84,9 +85,11 @@ def test_a_config_that_cannot_be_exported_is_refused(tmp_path, tiny_config, chan
         ('{"eos_token_id": "x"}', "eos_token_id 'x'; accepted: whole numbers from 0 to 319"),
         ('{"eos_token_id": [2, 320]}', "eos_token_id 320; accepted"),
         ('{"eos_token_id": true}', "eos_token_id True; accepted"),
+        ('{"do_sample": true, "temperature": -1}', "temperature: -1 "),
+        ('{"do_sample": true, "top_p": "a"}', "top_p: 'a' "),
     ],
 )
-def test_an_end_token_that_the_model_cannot_say_is_refused(tmp_path, tiny_config, text, message, bare_model, refused):
+def test_generation_defaults_out_of_range_are_refused(tmp_path, tiny_config, text, message, bare_model, refused):
     source = bare_model(tmp_path / "source", tiny_config("llama"))
     (source / "generation_config.json").write_text(text)
     refused(source, tmp_path, rf"source/generation_config\.json: {message}")

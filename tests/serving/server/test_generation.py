@@ -6,9 +6,9 @@ import json
 import pytest
 
 from serving.directory import BadInput
+from serving.generation_config import not_served, sampling_defaults
 from serving.request import MAX_NEW_TOKENS, Sampling
 from serving.server.generation import StopMatcher, build_sampling
-from serving.server.run import sampling_defaults
 from serving.server.schemas import ChatRequest, CompletionRequest
 
 
@@ -87,6 +87,13 @@ def test_sampling_defaults_come_from_generation_config_only_when_it_samples(tmp_
     if content is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
     assert sampling_defaults(tmp_path) == expected
+
+
+def test_defaults_that_would_pick_another_token_and_are_not_served_are_named(tmp_path):
+    assert not_served(tmp_path) == []
+    content = {"repetition_penalty": 1.1, "min_p": 0.0, "num_beams": 1, "no_repeat_ngram_size": 3, "typical_p": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert not_served(tmp_path) == ["repetition_penalty 1.1", "no_repeat_ngram_size 3"]
 
 
 def test_sampling_defaults_out_of_range_are_bad_input(tmp_path):
