@@ -38,8 +38,17 @@ def not_fused(graph: ir.Graph) -> list[str]:
     ]  # fmt: skip
 
 
+def _is_attention_in_pieces(node: ir.Node) -> bool:
+    if node.op_type != "Softmax":
+        return False
+    weights = node.outputs[0]
+    while (moved := only_user(weights, "Reshape", "Transpose", "Cast")) is not None:
+        weights = moved.outputs[0]
+    return only_user(weights, "MatMul") is not None
+
+
 def _is_unpacked(node: ir.Node) -> bool:
-    return node.op_type == "GroupQueryAttention" and node.inputs[1] is not None
+    return node.op_type in ("GroupQueryAttention", "MultiHeadAttention") and node.inputs[1] is not None
 
 
 def _is_rotated_in_pieces(node: ir.Node) -> bool:
@@ -61,9 +70,7 @@ def _is_sum_before_norm(node: ir.Node) -> bool:
 
 
 _IN_PIECES: dict[str, Callable[[ir.Node], bool]] = {
-    "attention of single nodes (softmax)": lambda node: (
-        node.op_type == "Softmax" and only_user(node.outputs[0], "MatMul") is not None
-    ),
+    "attention of single nodes (softmax)": _is_attention_in_pieces,
     "queries, keys and values that come to attention one by one": _is_unpacked,
     "rotary embedding of single nodes": _is_rotated_in_pieces,
     "rotary embedding beside attention": lambda node: node.op_type == "RotaryEmbedding",

@@ -39,6 +39,21 @@ def test_a_graph_with_nothing_left_says_nothing(exported, kind):
     assert left == ([] if kind == "gpt2" else ["2 x queries, keys and values that come to attention one by one"])
 
 
+def test_what_is_left_of_encoders_is_named(text_model, tmp_path, save_with_tokenizer):
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    left = explain(text_model("bert", "label")[1], "cpu").not_fused
+    assert left == ["2 x queries, keys and values that come to attention one by one"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = DebertaV2Config(
+        vocab_size=320, max_position_embeddings=130, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        pad_token_id=0, num_labels=3, **sizes,
+    )  # fmt: skip
+    model = save_with_tokenizer(tmp_path / "model", DebertaV2ForSequenceClassification(config).eval())
+    export_model(model, tmp_path / "onnx")
+    assert explain(tmp_path / "onnx", "cpu").not_fused == ["2 x attention of single nodes (softmax)"]
+
+
 def test_the_command_prints_it(model_dir, tmp_path, trivet):
     code, told, _ = trivet("export", model_dir("gpt2"), tmp_path / "onnx", "--explain")
     assert code == 0
