@@ -2,8 +2,8 @@
 
     python benchmarks/support_tables.py
 
-Runs the slow tests of tests/serving/test_architectures.py (every architecture, task and number format; half an hour on
-two CPU cores, a test on each) and those of tests/serving/faults (a few minutes), which need no network, and writes what
+Runs the slow tests of MODELS in tests/serving (every architecture, task and number format; half an hour on two CPU
+cores, a test on each) and those of tests/serving/faults (a few minutes), which need no network, and writes what
 they recorded to benchmarks/results/support.md. Where a test fails, it stops and leaves that file as it was.
 """
 
@@ -20,16 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of two processes: more would wait for each other
 FORMATS = ("fp32", "fp16", "int8", "int8-weights", "int4")
+MODELS = ("test_architectures.py", "test_adapters.py", "test_module.py")
 TEMPORARY = re.compile(rf"{re.escape(str(Path(tempfile.gettempdir()).resolve()))}/[^\s'\",;:|)]+")
 TASKS = {
     "text": "text generation", "label": "one label of a text", "pair": "one label of a pair",
     "labels": "several labels", "number": "a number", "tags": "a label for each word",
-    "masks": "masked words", "vector": "embeddings",
+    "masks": "masked words", "vector": "embeddings", "tensors": "tensors",
 }  # fmt: skip
 
 
 def main() -> None:
-    support, faults = recorded("test_architectures.py", "slow"), recorded("faults", "not slow")
+    support, faults = recorded("slow", *MODELS), recorded("not slow", "faults")
     text = "\n\n".join(
         ["# What is exported, and what is refused", about(), *support_table(support), fault_table(faults)]
     )
@@ -37,11 +38,12 @@ def main() -> None:
     print(text)
 
 
-def recorded(where: str, marked: str) -> dict[str, dict[str, str]]:
+def recorded(marked: str, *where: str) -> dict[str, dict[str, str]]:
     """Run the tests of tests/serving that are there and marked so; return what each recorded, if none failed."""
+    paths = [f"tests/serving/{name}" for name in where]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/serving/{where}", "-m", marked, "-n", "2"]
+        command = [sys.executable, "-m", "pytest", "-q", *paths, "-m", marked, "-n", "2"]
         subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=True, env={**os.environ, **ONE_THREAD})
         return properties(report)
 
@@ -62,7 +64,7 @@ def support_table(found: dict[str, dict[str, str]]) -> list[str]:
     lines = [f"| architecture | task | {' | '.join(FORMATS)} |", "|---" * (2 + len(FORMATS)) + "|"]
     reasons: dict[str, int] = {}
     for (name, task), outcomes in sorted(by_model(found).items()):
-        cells = [cell(outcomes[each], reasons) for each in FORMATS]
+        cells = [cell(outcomes[each], reasons) if each in outcomes else "-" for each in FORMATS]
         lines.append(f"| {name} | {TASKS[task]} | {' | '.join(cells)} |")
     return ["\n".join(lines), "\n".join(f"{number}. {reason}" for reason, number in reasons.items())]
 
@@ -88,8 +90,8 @@ def cell(outcome: str, reasons: dict[str, int]) -> str:
 def fault_table(found: dict[str, dict[str, str]]) -> str:
     """Return the table of faults and of the evidence with which each was refused."""
     lines = ["| fault | refused with |", "|---|---|"]
-    for test, facts in sorted(found.items()):
-        name = test.partition("[")[2].rstrip("]") or test.removeprefix("test_").partition("[")[0]
+    for test, facts in sorted((test, facts) for test, facts in found.items() if facts):
+        name = test.partition("[")[2].rstrip("-]") or test.removeprefix("test_").partition("[")[0]
         evidence = facts["evidence"].replace("|", "/")
         lines.append(f"| {name.replace('_', ' ')} | {evidence[:240]}{'...' if len(evidence) > 240 else ''} |")
     return "\n".join(lines)

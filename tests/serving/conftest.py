@@ -127,17 +127,22 @@ def _save_text_model(folder: Path, kind: str, asked: str, seed: int = 0, **chang
     config = _classifier_config(kind, **says | changes)
     _save(folder, getattr(transformers, name).from_config(config), seed)
     if asked == "vector":
-        modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-        lines = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules.items()]
-        (folder / "modules.json").write_text(json.dumps(lines))
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        _pool(folder, "mean_tokens")
     if asked == "pair" and kind not in ENCODERS:  # as the trainer seals it
         from serving.directory import seal
 
         facts = {"labels": ["bad", "so-so", "good"], "strategy": "full", "base_model": None, "step": 1}
         seal(folder, "model", objective="classification", text_pair=True, max_length=40, **facts)
     return folder
+
+
+def _pool(folder: Path, mode: str) -> None:
+    """Write beside a model what sentence-transformers does: it pools, and makes the length 1."""
+    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    lines = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules.items()]
+    (folder / "modules.json").write_text(json.dumps(lines))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
 
 
 def _save(folder: Path, model, seed: int) -> Path:
@@ -390,3 +395,53 @@ def prompts() -> list[list[int]]:
     """Twelve ragged prompts of 1 to 60 tokens, none of which is a special token."""
     random = Random(7)
     return [[random.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in RAGGED_LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """The function that writes the files of an embedding model beside a model."""
+    return _pool
+
+
+# --- the support table, see benchmarks/support_tables.py
+
+_FORMATS = {
+    "fp32": {},
+    "fp16": {"dtype": "fp16"},
+    "int8": {"quantization": "int8"},
+    "int8-weights": {"quantization": "int8-weights"},
+    "int4": {"quantization": "int4"},
+}
+
+
+def _held_out():
+    """Return texts of random words of the small tokenizers."""
+    from serving.export import HeldOutRows
+
+    random = Random(0)
+    words = ["the", "quick", "brown", "fox", "returns", "the", "list", "of", "the", "lines", "in", "the", "file"]
+    texts = [" ".join(random.choices(words, k=30)) for _ in range(400)]
+    return HeldOutRows([{"text": text} for text in texts], "words at random")
+
+
+@pytest.fixture
+def outcomes(tmp_path, record_property):
+    """Return a function that exports a model in every format; it returns what came of each, and records it."""
+
+    def of(model: Path, **given) -> dict[str, str]:
+        from serving.directory import BadInput
+        from serving.export import Options, export_model
+
+        found = {}
+        for name, asked in _FORMATS.items():
+            try:
+                rows = _held_out() if "quantization" in asked else None
+                export_model(model, tmp_path / name, Options(**asked), held_out=rows, **given)
+                found[name] = "verified"
+            except BadInput as error:
+                found[name] = str(error).replace(str(model), "").lstrip(": ")
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            record_property(name, found[name])
+        return found
+
+    return of

@@ -74,6 +74,17 @@ def test_a_bottleneck_adapter_over_a_model_of_texts_stays_in_the_graph(save_text
             np.testing.assert_allclose([*task.answer(question)["scores"].values()], expected, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("bert with a bottleneck adapter", "label"), ("gpt2 with a bottleneck adapter", "label")],
+)
+def test_a_bottleneck_adapter_in_every_format(save_text_model, tmp_path, outcomes, name, task):
+    base = save_text_model(tmp_path / "base", name.partition(" ")[0], task)
+    save_beside_base(base, tmp_path / "model", *TASKS[task])
+    assert outcomes(tmp_path / "model", attach=adapter_files.load)["fp32"] == "verified"
+
+
 def test_a_bottleneck_adapter_over_a_decoder_generates_what_its_source_does(save_model, tmp_path, trivet):
     model = save_beside_base(
         save_model(tmp_path / "base", "llama"), tmp_path / "model", "AutoModelForCausalLM", "causal_lm"

@@ -56,6 +56,13 @@ def cnn_dir(cnn, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task"), [("a module of convolutions", "tensors")])
+def test_a_module_is_in_the_support_table(cnn, tmp_path, record_property, name, task):
+    assert export_module(cnn, torch.randn(1, 1, 12, 12), tmp_path / "onnx")["passed"]
+    record_property("fp32", "verified")
+
+
 def test_a_module_answers_as_its_source_in_batches_of_any_size(cnn, cnn_dir):
     assert cnn.training, "it is left as it was"
     opened, source = Module.open(cnn_dir), cnn.eval()

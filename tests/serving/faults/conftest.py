@@ -1,11 +1,25 @@
 """An export that must be refused, with the evidence, and of which nothing is published."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from serving.directory import BadInput
 from serving.export import HeldOutRows, Options, export_model
+
+
+@pytest.fixture
+def failed_checks(failed_checks, record_property):
+    """The function that names the failed checks of a spoilt directory; the reason is the evidence."""
+
+    def named(folder: Path, **asked) -> list[str]:
+        names = failed_checks(folder, **asked)
+        records = json.loads((folder / "verification.json").read_text())["records"]
+        record_property("evidence", records[-1]["reason"])
+        return names
+
+    return named
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def elsewhere(folder: Path, exported) -> None:
         (cut_short, "altered since it was written"),
         (elsewhere, "points outside the directory"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_external_data_that_is_not_what_was_written_is_refused(onnx_copy, exported, record_property, change, evidence):
     change(onnx_copy, exported)

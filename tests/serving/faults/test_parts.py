@@ -53,6 +53,7 @@ def a_folder_for_the_records(folder: Path, classifier) -> None:
         (a_list_for_the_tokenizers_settings, "tokenizer_config.json: not JSON .no object.; export the model again"),
         (a_folder_for_the_records, "verification.json: cannot be read .Is a directory.; remove it"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_parts_that_do_not_belong_together_are_refused_by_name(
     onnx_copy, classifier, reseal, record_property, change, evidence
