@@ -45,6 +45,7 @@ def generate(
             file.write((answer["text"] if is_text else json.dumps(answer, ensure_ascii=False)) + "\n")
     if input is None and not failed and not answers[0]["text"]:
         print("note: the model ended its answer at once, without a word", file=sys.stderr)
+    _tell_cut(answers, sampling.max_new_tokens)
     if failed:
         print(f"error: {len(failed)} of {len(rows)} rows failed: {failed[0]['error']}", file=sys.stderr)
     return 1 if failed else 0
@@ -71,3 +72,21 @@ def _answer(
             on_finish=lambda finished: progress.update(task, completed=finished),
         )  # fmt: skip
         return list(answers)
+
+
+def _tell_cut(answers: list[batch.Row], max_new_tokens: int) -> None:
+    """Say which answers ended for want of room, with fewer tokens than were asked for."""
+    cut = [
+        answer
+        for answer in answers
+        if answer.get("finish_reason") == "length" and answer["completion_tokens"] < max_new_tokens
+    ]
+    if not cut:
+        return
+    which = "the answer" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers"
+    room = cut[0]["prompt_tokens"] + cut[0]["completion_tokens"]
+    print(
+        f"note: {which} ended before --max-new-tokens {max_new_tokens}: prompt and answer have room for {room} tokens "
+        "together; shorten the prompt for a longer answer",
+        file=sys.stderr,
+    )

@@ -211,8 +211,8 @@ class Engine:
             raise BadInput("prompt: is empty; accepted: one token or more")
         if len(prompt_ids) + 1 > self.max_length:
             raise BadInput(
-                f"prompt: {len(prompt_ids)} tokens; accepted: at most {self.max_length - 1}, max_length less one new "
-                "token; shorten it"
+                f"prompt: {len(prompt_ids)} tokens; accepted: at most {self.max_length - 1}, which leaves room for one "
+                "new token; shorten it"
             )
         lora_index(self.manifest, request.lora)
         vocab_size = self.manifest["vocab_size"]

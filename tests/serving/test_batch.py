@@ -98,6 +98,24 @@ def test_an_answer_that_ends_at_once_is_said_to(onnx_dir, trivet, monkeypatch):
     assert (code, out, err) == (0, "\n", "note: the model ended its answer at once, without a word\n")
 
 
+def test_an_answer_that_has_no_room_for_the_tokens_asked_for_is_said_to_be_cut(onnx_dir, tmp_path, trivet):
+    room = "prompt and answer have room for 256 tokens together; shorten the prompt for a longer answer"
+    code, _, err = trivet("generate", onnx_dir, "--prompt", "x", "--raw", "--max-new-tokens", 256)
+    assert (code, err) == (0, f"note: the answer ended before --max-new-tokens 256: {room}\n")
+    code, _, err = trivet("generate", onnx_dir, "--prompt", "x", "--raw", "--max-new-tokens", 255)
+    assert (code, err) == (0, "")
+    rows = tmp_path / "in.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (1, 250, 251)))
+    code, _, err = trivet("generate", onnx_dir, "--input", rows, "--raw", "--max-new-tokens", 6)
+    assert (code, err) == (0, f"note: 1 of 3 answers ended before --max-new-tokens 6: {room}\n")
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_in_words_of_the_command(onnx_dir, trivet):
+    code, _, err = trivet("generate", onnx_dir, "--prompt", "x" * 256, "--raw")
+    said = "row 1: prompt: 256 tokens; accepted: at most 255, which leaves room for one new token; shorten it"
+    assert (code, err) == (2, f"error: {said}\n")
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_opened(tmp_path, trivet):
     for output in (tmp_path, tmp_path / "none" / "out"):
         code, _, err = trivet("generate", "nowhere", "--prompt", "x", "--output", output)
