@@ -2,8 +2,10 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -12,7 +14,7 @@ from serving import batch
 from serving.directory import BadInput
 from serving.engine import Engine
 from serving.loras import lora_index
-from serving.request import Sampling
+from serving.request import Request, Sampling
 from serving.text import Text
 
 
@@ -36,9 +38,9 @@ def generate(
         raise BadInput("--prompt, --input: give exactly one of them")
     rows = [{"prompt": prompt}] if input is None else batch.read_rows(input)
     with writing(output, input) as file:
-        engine = Engine.open(onnx_dir, provider=provider, slots=slots)
-        lora_index(engine.manifest, lora)
-        answers = _answer(engine, Text.open(onnx_dir), rows, sampling, lora, prompts_are_plain=prompts_are_plain)
+        answers = _answers(
+            onnx_dir, rows, sampling, lora, prompts_are_plain=prompts_are_plain, slots=slots, provider=provider
+        )
         failed = [answer for answer in answers if "error" in answer]
         for answer in answers:
             is_text = input is None and "error" not in answer
@@ -51,27 +53,38 @@ def generate(
     return 1 if failed else 0
 
 
-def _answer(
-    engine: Engine,
-    text: Text,
+def _answers(
+    onnx_dir: Path,
     rows: list[batch.Row],
     sampling: Sampling,
     lora: str | None,
     *,
     prompts_are_plain: bool,
+    slots: int,
+    provider: str,
 ) -> list[batch.Row]:
-    # One that Trivet went on training on plain text keeps its base's template, and has unlearned chats.
-    is_chat_model = engine.manifest["source"].get("objective") in (None, "sft") and text.has_chat_template
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=len(rows) == 1 or not console.is_terminal) as progress:
-        task = progress.add_task("rows", total=len(rows))
-        answers = batch.generate(
-            engine, text, rows, sampling,
-            lora=lora,
-            prompts_are_chats=is_chat_model and not prompts_are_plain,
-            on_finish=lambda finished: progress.update(task, completed=finished),
+    """Return the answers; on a terminal, show how far they are: the tokens of one, the rows of several."""
+    console, is_one = Console(stderr=True), len(rows) == 1
+    with console.status("generate: loading the model") as status:
+
+        def count(request: Request, _: np.ndarray) -> None:
+            status.update(f"generate: {len(request.output_ids) + 1:,} tokens")
+
+        observe = count if is_one and console.is_terminal else None
+        engine = Engine.open(onnx_dir, provider=provider, slots=slots, observe=observe)
+        lora_index(engine.manifest, lora)
+        text = Text.open(onnx_dir)
+        # One that Trivet went on training on plain text keeps its base's template, and has unlearned chats.
+        is_chat_model = engine.manifest["source"].get("objective") in (None, "sft") and text.has_chat_template
+        ask = partial(
+            batch.generate, engine, text, rows, sampling,
+            lora=lora, prompts_are_chats=is_chat_model and not prompts_are_plain,
         )  # fmt: skip
-        return list(answers)
+        if is_one:
+            return list(ask())
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("rows", total=len(rows))
+        return list(ask(on_finish=lambda finished: progress.update(task, completed=finished)))
 
 
 def _tell_cut(answers: list[batch.Row], max_new_tokens: int) -> None:

@@ -110,6 +110,17 @@ def test_an_answer_that_has_no_room_for_the_tokens_asked_for_is_said_to_be_cut(o
     assert (code, err) == (0, f"note: 1 of 3 answers ended before --max-new-tokens 6: {room}\n")
 
 
+def test_on_a_terminal_the_tokens_of_an_answer_are_counted_and_nowhere_else(onnx_dir, trivet, monkeypatch):
+    command = ("generate", onnx_dir, "--prompt", "x", "--raw", "--max-new-tokens", 5)
+    _, answer, err = trivet(*command)
+    assert err == ""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    code, out, err = trivet(*command)
+    assert (code, out) == (0, answer)
+    assert "generate: 5 tokens" in err
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused_in_words_of_the_command(onnx_dir, trivet):
     code, _, err = trivet("generate", onnx_dir, "--prompt", "x" * 256, "--raw")
     said = "row 1: prompt: 256 tokens; accepted: at most 255, which leaves room for one new token; shorten it"
