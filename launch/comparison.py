@@ -1,5 +1,6 @@
 """`trivet export --compare`: each number format exported, and size, speed, memory and quality side by side."""
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -47,13 +48,18 @@ def compare_formats(model: Path, onnx_dir: Path, quantize: str | None, data: Pat
     """Export fp32 and the formats named, print and plot what each costs and gains; return 0, or 1 if fp32 is refused.
 
     Each goes into a folder of `onnx_dir` with its name. Raises BadInput before any work.
-    SIGTERM ends it as Ctrl-C does: with no folder half-written, and 130.
+    SIGTERM ends it as Ctrl-C does: with no folder half-written, and 130. A folder made here is not left empty.
     """
+    is_new = not onnx_dir.exists()
     try:
         with stopped_by_sigterm():
             return _compared(model, onnx_dir, quantize, data, asked)
     except KeyboardInterrupt:
         return stopped(f"export: stopped; no format in {onnx_dir} is half-written")
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not there, or holds something
+                onnx_dir.rmdir()
 
 
 def _compared(model: Path, onnx_dir: Path, quantize: str | None, data: Path | None, asked: dict[str, Any]) -> int:

@@ -149,15 +149,21 @@ def test_a_killed_comparison_is_made_again(model, text, tmp_path, trivet, monkey
     assert "holds .notes.0123abcd.partial, which is of no comparison" in trivet(*arguments)[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_comparison_that_is_stopped_says_so(model, text, tmp_path, trivet, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "is_there"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
+)
+def test_a_comparison_that_is_stopped_says_so_and_leaves_no_new_folder(
+    model, text, tmp_path, trivet, monkeypatch, number, is_there
+):
     from serving.export import decoder
 
     monkeypatch.setattr(decoder, "write_graph", lambda *_: os.kill(os.getpid(), number))
     folder, former = tmp_path / "formats", signal.getsignal(signal.SIGTERM)
+    if is_there:
+        folder.mkdir()
     code, _, err = trivet("export", model, folder, "--quantize", "int8", "--compare", "--data", text)
     assert (code, err.splitlines()[-1]) == (130, f"export: stopped; no format in {folder} is half-written")
-    assert list(folder.iterdir()) == []
+    assert (folder.exists(), [*folder.glob("*")]) == (is_there, [])
     assert signal.getsignal(signal.SIGTERM) == former
 
 
