@@ -44,7 +44,8 @@ def read_rows(path: Path, check: Callable[[Row, str], None] = check_prompt) -> l
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line separators as they are
     except (OSError, UnicodeDecodeError) as error:
-        raise RowError(f"--input: {path} cannot be read ({error}); expected a UTF-8 JSONL file") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RowError(f"--input: {path} cannot be read ({why}); expected a UTF-8 JSONL file") from None
     rows = [
         _parse(line, f"--input: {path}, line {number}", check) for number, line in enumerate(lines, 1) if line.strip()
     ]

@@ -16,6 +16,21 @@ def test_a_table_is_refused_with_what_is_read(tmp_path):
         read_rows(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize("command", ["generate", "predict"])
+def test_a_file_that_is_not_there_is_named_once(command, tmp_path, trivet):
+    path = tmp_path / "nope.jsonl"
+    code, _, err = trivet(command, "nowhere", "--input", path)
+    said = f"--input: {path} cannot be read (No such file or directory); expected a UTF-8 JSONL file"
+    assert (code, err) == (2, f"error: {said}\n")
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "naïve"}'.encode("latin-1"))
+    with pytest.raises(RowError, match=r"latin\.jsonl cannot be read \('utf-8' codec can't decode byte 0xef in pos"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
