@@ -12,7 +12,8 @@ def read_keys(path: Path | None) -> list[str] | None:
     try:
         keys = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--api-key-file: {path} cannot be read ({error.__class__.__name__}); check the path") from None
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise BadInput(f"--api-key-file: {path} cannot be read ({why}); give a text file with one key a line") from None
     if not keys:
         raise BadInput(f"--api-key-file: {path} holds no key; write one a line")
     return keys

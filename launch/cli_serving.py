@@ -153,6 +153,7 @@ def serve(
     from launch.export import offer_verification
     from serving.server import serve
 
+    api_keys = read_keys(api_key_file)
     with naming(onnx_dir):
         offer_verification(onnx_dir, provider)
-    serve(onnx_dir, host=host, port=port, slots=slots, api_keys=read_keys(api_key_file), provider=provider)
+    serve(onnx_dir, host=host, port=port, slots=slots, api_keys=api_keys, provider=provider)
