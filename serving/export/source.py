@@ -1,5 +1,7 @@
 """What is exported: find the model directory, and refuse before any work what the exporter cannot do."""
 
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,12 @@ LONGEST_CONTEXT = 1 << 24  # tokens: a graph holds a table of all positions
 
 # These change the frequencies with the length of the whole text, also for keys that are already in the cache.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# transformers lets a pickle build nothing but tensors.
+_CONVERT = (
+    "import transformers as t; path = {}; name = t.AutoConfig.from_pretrained(path).architectures[0]; "
+    "getattr(t, name).from_pretrained(path).save_pretrained(path)"
+)
 
 FEWEST_LABELS = {SINGLE: 2, SEVERAL: 1, NUMBER: 1}
 
@@ -175,6 +183,11 @@ def _body(folder: Path, is_unmerged: bool) -> Path:
 
 def _check_files_present(folder: Path) -> None:
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        if pickles := sorted(folder.glob("pytorch_model*.bin")):
+            raise ExportError(
+                f"{folder}: has no *.safetensors weights, only {pickles[0].name}: a pickle, which is not read because "
+                f"it can run code; convert it: python -c {shlex.quote(_CONVERT.format(json.dumps(str(folder))))}"
+            )
         raise ExportError(f"{folder}: has no *.safetensors weights; save the model again with save_pretrained")
     if name := foreign_weights(folder):
         raise ExportError(f"{folder}: names {name!r} as a file of its weights, which is no safetensors file of it")

@@ -1,6 +1,10 @@
 """What is exported: a model directory, a run or a sweep; every other folder is refused before any work."""
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +41,29 @@ def test_other_kinds_of_folder_are_refused(tmp_path, tiny_config, bare_model, re
     refused(source, tmp_path, "an unmerged adapter lies beside the weights")
     (source / "model.safetensors").unlink()
     refused(source, tmp_path, r"has no \*\.safetensors weights")
+
+
+def test_a_model_in_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path, model_dir):
+    import torch
+    from safetensors.torch import load_file
+
+    from serving.export.source import open_source
+
+    source = tmp_path / "the model's folder"
+    shutil.copytree(model_dir("llama"), source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(ExportError) as refusal:
+        export_model(source, tmp_path / "onnx")
+    found, _, command = str(refusal.value).partition("; convert it: python ")
+    said = "has no *.safetensors weights, only pytorch_model.bin: a pickle, which is not read because it can run code"
+    assert found == f"{source}: {said}"
+    subprocess.run([sys.executable, *shlex.split(command)], check=True, timeout=600)
+    assert {name: weight.tolist() for name, weight in load_file(source / "model.safetensors").items()} == {
+        name: weight.tolist() for name, weight in weights.items()
+    }
+    assert open_source(source).task == "causal_lm"
 
 
 def test_a_trivet_model_directory_is_checked_and_remembered(tmp_path, tiny_config, bare_model):
