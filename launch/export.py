@@ -81,12 +81,21 @@ def _what_next(onnx_dir: Path, record: dict[str, Any]) -> list[str]:
         if names := lora_names(manifest):
             return [f"next: trivet generate {onnx_dir} --lora {names[0]} --prompt ...{served_there}"]
         command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
-        return [f"next: {command} {onnx_dir}{served_there}"]
+        return [f"next: {command} {onnx_dir}{_question(manifest, command)}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified: {record['reason']}"
     return [
         f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
         f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",
     ]
+
+
+def _question(manifest: dict[str, Any], command: str) -> str:
+    """Return the options without which `command` answers nothing: the text that `trivet predict` is asked about."""
+    if command != "trivet predict":
+        return ""
+    text = f"... {manifest['mask_token']} ..." if manifest["task"] == "masked_lm" else "..."
+    pair = ' --text-pair "..."' if manifest.get("text_pair") == "always" else ""
+    return f' --text "{text}"{pair}'
 
 
 def verify_again(onnx_dir: Path, provider: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +317,23 @@ def test_a_server_says_plainly_what_it_cannot_answer(text_model, trivet, kind, a
     code, _, err = trivet("serve", folder, "--port", "0")
     assert code == 2
     assert re.search(f"{named}; served are .*; use: trivet predict {folder}\n", err)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "options"),
+    [
+        ("llama", "pair", '--text "..." --text-pair "..."'),
+        ("roberta", "masks", '--text "... <mask> ..."'),
+        ("bert", "vector", '--text "..."'),
+    ],
+)
+def test_the_command_that_is_named_after_an_export_answers_as_it_is_printed(text_model, trivet, kind, asked, options):
+    from launch.export import _what_next
+
+    _, onnx_dir = text_model(kind, asked)
+    [record] = json.loads((onnx_dir / "verification.json").read_text())["records"]
+    [line] = _what_next(onnx_dir, record)
+    assert line == f"next: trivet predict {onnx_dir} {options}"
+    code, out, err = trivet(*shlex.split(line.removeprefix("next: trivet ")))
+    assert (code, err) == (0, "")
+    json.loads(out)
