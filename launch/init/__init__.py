@@ -57,7 +57,8 @@ def init_from(name: str, data: Path, wish: Wish, base_name: str | None, *, force
     if guess.objective == "classification" and len(profile.labels) < 2:
         raise BadInput(f"--label: every training row has the label {profile.labels[0][0]!r}; at least two are needed")
     settings = choices.choose(guess.objective, profile, base)
-    lines = findings(found, columns, guess, profile, settings.sections["batch"]["max_length"])
+    length = settings.sections["batch"]["max_length"]
+    lines = findings(found, columns, guess, profile, length)
     command = _command(name, data, wish, base_name, force=force)
     sections = config_text.compose(path, name, section, guess, base, settings)
     text = config_text.render(
@@ -66,6 +67,8 @@ def init_from(name: str, data: Path, wish: Wish, base_name: str | None, *, force
     screen.show(data, columns, lines)
     _write(path, text, base)
     screen.show_next(path, name, guess.objective, base, settings.seconds)
+    # One long text fills many rows where they are packed.
+    screen.tell_few(max(len(splits.train), choices.num_rows(guess.objective, profile, length)))
     return 0
 
 

@@ -46,11 +46,11 @@ def choose(objective: str, profile: Profile, base: Base) -> Settings:
     length, why_length = _max_length(objective, profile, base)
     rows, row_tokens = _rows(objective, profile, length, is_small)
     per_step = rows * row_tokens
-    num_rows = _num_rows(objective, profile, length)
-    epoch = max(1, math.ceil(num_rows / rows))
+    available = num_rows(objective, profile, length)
+    epoch = max(1, math.ceil(available / rows))
     steps = max(_FEWEST_STEPS, min(int(budget / per_step), _MOST_EPOCHS * epoch))
     held_out, why_held_out = _held_out(objective, profile, int(budget * 0.375 / row_tokens))
-    evaluation_s = 2 * min(held_out, num_rows) * row_tokens / speed / 3  # before step 0 and at the end; forward only
+    evaluation_s = 2 * min(held_out, available) * row_tokens / speed / 3  # before step 0 and at the end; forward only
     seconds = steps * per_step / speed + evaluation_s + (0 if base.is_there or not base.made_by else _MAKE_BASE_S)
     sections = {
         "strategy": {"type": "full"} if is_small else {"type": "lora", "rank": 16, "alpha": 32},
@@ -112,6 +112,14 @@ def _chat_length(profile: Profile, base: Base) -> tuple[int, str]:
     return length, f"tokens per row, short chats share one; {fits}, longer ones are cut"
 
 
+def num_rows(objective: str, profile: Profile, length: int) -> int:
+    """Return how many rows of a batch the training data fills: texts, or full rows of `length` tokens."""
+    examples = len(profile.splits.train)
+    if objective == "classification":
+        return examples
+    return max(1, math.ceil(examples * (profile.lengths.mean + 1) / length))
+
+
 def num_lost(profile: Profile, length: int) -> int:
     """Return how many training rows teach nothing, because their prompt alone fills `length` tokens."""
     return sum(tokens >= length for tokens in profile.prompts)
@@ -126,13 +134,6 @@ def _rows(objective: str, profile: Profile, length: int, is_small: bool) -> tupl
     if objective == "classification":
         return (32 if is_small else 16), min(length, max(8, profile.lengths.p95))
     return max(2, (2048 if is_small else 1024) // length), length
-
-
-def _num_rows(objective: str, profile: Profile, length: int) -> int:
-    examples = len(profile.splits.train)
-    if objective == "classification":
-        return examples
-    return max(1, math.ceil(examples * (profile.lengths.mean + 1) / length))
 
 
 def _held_out(objective: str, profile: Profile, affordable: int) -> tuple[int, str]:

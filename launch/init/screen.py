@@ -1,6 +1,7 @@
 """What `trivet init` prints: tables on a terminal, plain lines elsewhere."""
 
 import shlex
+import sys
 from pathlib import Path
 
 from rich import box
@@ -13,6 +14,7 @@ from launch.init.choices import duration
 from launch.init.column import Column
 from launch.init.findings import clean
 
+_FEW_ROWS = 20  # of fewer, a score is that of single rows
 _EXAMPLE_CHARS = 60
 _PLAIN_WIDTH = 118  # of lines that do not go to a terminal
 
@@ -69,6 +71,17 @@ def show_next(path: Path, name: str, objective: str, base: Base, seconds: float)
         console.print(
             "A real model instead: --base FOLDER_OR_HUB_NAME, or get SmolLM2-135M first: python -m launch.pretrained",
             soft_wrap=True,
+        )
+
+
+def tell_few(num_rows: int) -> None:
+    """Say on stderr where there are too few rows to train on for a run to show anything."""
+    if num_rows < _FEW_ROWS:
+        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
+        print(
+            f"note: --from: {rows} to train on, fewer than {_FEW_ROWS}: a run tries the config out and shows nothing "
+            "about a model; give more rows",
+            file=sys.stderr,
         )
 
 

@@ -127,6 +127,23 @@ def test_repeated_rows_are_counted(trivet):
     )
 
 
+@pytest.mark.parametrize(("count", "note"), [(1, "1 row"), (19, "19 rows"), (20, "")])
+def test_too_few_rows_for_a_run_to_show_anything_are_told(trivet, count, note):
+    write("bags/train.csv", tweets(count))
+    write("bags/test.csv", tweets(40))
+    code, _, err = trivet("init", "bags", "--from", "bags", "--text", "text", "--objective", "causal_lm")
+    said = f"--from: {note} to train on, fewer than 20: a run tries the config out and shows nothing about a model"
+    assert (code, err) == (0, f"note: {said}; give more rows\n" if note else "")
+    assert Path("bags.yaml").is_file()
+
+
+def test_one_long_text_is_many_rows(trivet):
+    write("books/train.jsonl", [{"text": f"chapter {i}: " + "once upon a time " * 5000} for i in range(2)])
+    write("books/test.jsonl", [{"text": "the end"}])
+    code, _, err = trivet("init", "books", "--from", "books")
+    assert (code, err) == (0, "")
+
+
 def test_lengths_are_estimated_and_said_to_be_where_there_is_no_tokenizer_yet(trivet):
     # 24 bytes, ten tokens at 2.4 bytes each; four of 100 texts have 240 bytes, so 95% have up to ten.
     rows = [{"text": f"{i:<12}{'':-<11}."} for i in range(96)] + [{"text": f"{i} " * 120} for i in range(4)]
