@@ -52,7 +52,7 @@ def test_accuracy_is_that_of_transformers_and_of_the_answers_that_are_served(qua
     assert quality["source_accuracy"] == pytest.approx((theirs == right).mean()) == 0.8
     assert quality["same"] == pytest.approx((served == theirs).mean())
     assert quality["rows"] == 150
-    checks = ["before_quantisation", "text", "rows", "quality", "alone_and_in_a_batch"]
+    checks = ["before_quantisation", "manifest", "text", "rows", "quality", "alone_and_in_a_batch"]
     assert list(record["checks"]) == checks
     assert record["checks"]["before_quantisation"]["checks"]["answers"]["passed"]
 

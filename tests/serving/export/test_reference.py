@@ -22,7 +22,7 @@ def written(model_dir, tmp_path):
     def of(kind: str):
         source = open_source(model_dir(kind))
         model = source.load()
-        reference.write_reference(model, source.load_tokenizer(), source, tmp_path)
+        reference.write_reference(model, source.load_tokenizer(), source, {}, tmp_path)
         return Reference.load(tmp_path), model
 
     return of
