@@ -127,7 +127,7 @@ def _save_text_model(folder: Path, kind: str, asked: str, seed: int = 0, **chang
     config = _classifier_config(kind, **says | changes)
     _save(folder, getattr(transformers, name).from_config(config), seed)
     if asked == "vector":
-        _pool(folder, "mean_tokens")
+        _pool(folder, {"pooling_mode_mean_tokens": True})
     if asked == "pair" and kind not in ENCODERS:  # as the trainer seals it
         from serving.directory import seal
 
@@ -136,13 +136,13 @@ def _save_text_model(folder: Path, kind: str, asked: str, seed: int = 0, **chang
     return folder
 
 
-def _pool(folder: Path, mode: str) -> None:
-    """Write beside a model what sentence-transformers does: it pools, and makes the length 1."""
+def _pool(folder: Path, says: dict) -> None:
+    """Write beside a model what sentence-transformers does: it pools as `says` says, and makes the length 1."""
     modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     lines = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules.items()]
     (folder / "modules.json").write_text(json.dumps(lines))
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(says))
 
 
 def _save(folder: Path, model, seed: int) -> Path:

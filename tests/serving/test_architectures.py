@@ -225,7 +225,7 @@ ENCODER_TASKS = ("label", "pair", "labels", "number", "tags", "masks", "vector")
 def test_a_decoder(name, task, tmp_path, save_with_tokenizer, pool, outcomes):
     model = save_decoder(tmp_path / "model", save_with_tokenizer, name, DECODER_TASKS[task])
     if task == "vector":
-        pool(model, "lasttoken")
+        pool(model, {"pooling_mode_lasttoken": True})
     found = outcomes(model)
     assert found["fp32"] == "verified"
 

@@ -211,15 +211,12 @@ def test_a_vector_may_be_the_first_tokens_and_of_any_length(save_text_model, tmp
 
 
 @pytest.mark.parametrize("says", [{"pooling_mode_lasttoken": True}, {"pooling_mode": "lasttoken"}])
-def test_a_decoder_that_was_made_to_embed_answers_with_its_last_token(save_model, tmp_path, says):
+def test_a_decoder_that_was_made_to_embed_answers_with_its_last_token(save_model, tmp_path, pool, says):
     """Its config keeps the language model's name; sentence-transformers' files beside it say what became of it."""
     from serving.export import export_model
 
     folder = save_model(tmp_path / "model", "llama")
-    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-    (folder / "modules.json").write_text(json.dumps([{"type": f"s.{k}", "path": path} for k, path in modules.items()]))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(says))
+    pool(folder, says)
     export_model(folder, tmp_path / "onnx")
     task, texts = open_task(tmp_path / "onnx"), [text for text in TEXTS if text]
     assert (task.manifest["task"], task.manifest["pooling"]) == ("embedding", "lasttoken")
