@@ -83,10 +83,10 @@ class Reference:
             stored = metadata(file)
             margins = [_tensor(file, f"margins.{index}") for index in range(len(lengths))]
             # `far.ids` of an older Trivet, `far.0.ids` and so on of this one.
-            named = [name.removesuffix(".ids") for name in file.keys() if name.startswith("far.")]  # noqa: SIM118
-            far = [Far.read(file, name) for name in named if f"{name}.ids" in file.keys()]  # noqa: SIM118
+            named = [name for name in file.keys() if name.startswith("far.") and name.endswith(".ids")]  # noqa: SIM118
+            far = [Far.read(file, name.removesuffix(".ids")) for name in named]
+            cases = {name: stored[name] for name in ("texts", "chats", "decoded")}
         loras = stored.get("loras", [None] * len(ids))
-        cases = {name: stored[name] for name in ("texts", "chats", "decoded")}
         return cls(ids, lengths, logits, loras, cases, far, margins, dtype)
 
     @property
