@@ -1,5 +1,6 @@
 """`trivet export` and `trivet verify`, and how a verification record is shown."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,18 @@ def _what_next(onnx_dir: Path, record: dict[str, Any]) -> list[str]:
         print_record(onnx_dir, record)
     if asked := not_served(onnx_dir):
         print(f"note: generation_config.json asks for {', '.join(asked)}, which is not served", file=sys.stderr)
-    manifest = read_manifest(onnx_dir, "onnx")
+    manifest, folder = read_manifest(onnx_dir, "onnx"), shlex.quote(str(onnx_dir))
     provider = manifest["optimize_for"]
     served_there = "" if provider == "cpu" else f" --provider {provider}"
     if record["provider"] == provider:
         if names := lora_names(manifest):
-            return [f"next: trivet generate {onnx_dir} --lora {names[0]} --prompt ...{served_there}"]
+            return [f"next: trivet generate {folder} --lora {shlex.quote(names[0])} --prompt ...{served_there}"]
         command = COMMANDS[manifest["task"]] if without_endpoint(manifest) else "trivet serve"
-        return [f"next: {command} {onnx_dir}{_question(manifest, command)}{served_there}"]
+        return [f"next: {command} {folder}{_question(manifest, command)}{served_there}"]
     proven = "verified on the CPU alone" if record["provider"] else f"not verified: {record['reason']}"
     return [
         f"{onnx_dir}: {proven}; it is refused on {provider} until it is verified there",
-        f"next, on a machine with a GPU: trivet verify {onnx_dir}{served_there}",
+        f"next, on a machine with a GPU: trivet verify {folder}{served_there}",
     ]
 
 

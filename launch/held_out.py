@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.directory import BadInput
+from serving.export_paths import find_model
 
 if TYPE_CHECKING:
     from serving.export import HeldOutRows
@@ -25,7 +26,6 @@ def held_out_rows(model: Path, data: Path | None) -> "HeldOutRows":
     Raises BadInput for a file that is missing, empty or holds no text.
     """
     from serving.export import HeldOutRows
-    from serving.export_paths import find_model
 
     if data is not None:
         rows = list(islice(_of_file(data), MAX_ROWS))

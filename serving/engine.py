@@ -33,7 +33,8 @@ class Engine:
     """A verified ONNX directory, ready to decode. Not thread-safe: one thread calls it.
 
     `manifest` is the directory's, `slots` how many requests run at a time, `max_length` the most tokens (prompt and
-    output) of one request, `step_tokens` the token budget of a step, `max_waiting` the limit of the waiting line.
+    output) of one request, `step_tokens` the token budget of a step (128, or the slots if those are more),
+    `max_waiting` the limit of the waiting line.
     `observe` is called with each request and the logits its next token is picked from, valid during the call only.
     """
 
@@ -44,12 +45,13 @@ class Engine:
         *,
         slots: int = 8,
         max_length: int | None = None,
-        step_tokens: int = DEFAULT_STEP_TOKENS,
+        step_tokens: int | None = None,
         max_waiting: int = 256,
         observe: Callable[[Request, np.ndarray], None] | None = None,
     ) -> None:
         context_length = manifest["context_length"]
         max_length = min(context_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+        step_tokens = max(DEFAULT_STEP_TOKENS, slots) if step_tokens is None else step_tokens
         _check_range("slots", slots, 1, 4096)
         _check_range("max_length", max_length, 2, context_length)
         _check_range("step_tokens", step_tokens, slots, 2**20)

@@ -1,5 +1,6 @@
 """The manifest of an ONNX directory: what each task reads of it, and what must hold before its graph opens."""
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ def proven_manifest(folder: Path, provider: str, task: str) -> Manifest:
     require_verified(folder, provider, onnxruntime_version())
     found = manifest.get("task")
     if found != task and found in COMMANDS:
-        raise BadInput(f"{folder}: its task is {found}, not {task}; use: {COMMANDS[found]} {folder}")
+        raise BadInput(f"{folder}: its task is {found}, not {task}; use: {COMMANDS[found]} {shlex.quote(str(folder))}")
     check_fields(folder, manifest)
     return manifest
 

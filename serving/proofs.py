@@ -1,6 +1,7 @@
 """The verification records of an ONNX directory: what was proven, on which provider, with which onnxruntime."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
     Raises Unproven when there is none or it is stale (other files, other onnxruntime); DirectoryError when it failed,
     or where this provider could not give one.
     """
-    fix = f"run: trivet verify {folder} --provider {provider}"
+    verify = f"run: trivet verify {shlex.quote(str(folder))} --provider"
+    fix = f"{verify} {provider}"
     try:
         records = _read_records(folder / VERIFICATION)
     except FileNotFoundError:
@@ -49,7 +51,7 @@ def require_verified(folder: Path, provider: str, onnxruntime: str) -> dict[str,
     mine = [record for record in records if record.get("provider") == provider]
     if not mine:
         if provider == "cpu" and read_manifest(folder, "onnx").get("dtype") == "bf16":
-            fix = f"no CPU runs bf16; on a machine with a GPU run: trivet verify {folder} --provider cuda"
+            fix = f"no CPU runs bf16; on a machine with a GPU {verify} cuda"
             raise DirectoryError(f"{folder}: not verified on provider cpu; {fix}")
         raise Unproven(f"{folder}: not verified on provider {provider}; {fix}")
     newest = mine[-1]

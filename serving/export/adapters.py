@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from serving.export.fingerprint import fingerprint
-from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
+from serving.export.lora_config import WEIGHTS, named_base, read_config
 from serving.export.lora_folder import was_merged
-from serving.export_paths import ExportError
+from serving.export_paths import LORA_CONFIG, ExportError
 
 _PREFIX = "base_model.model."  # what PEFT puts before the names of weights
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,10 +68,11 @@ def read_adapters(folders: Sequence[Path], base: Path, base_hash: str) -> tuple[
 
 def _read(given: Path, base: Path, base_hash: str) -> Adapter:
     folder = next(
-        (each for each in (given, given / "adapter", given / "model" / "adapter") if (each / CONFIG).is_file()), None
+        (each for each in (given, given / "adapter", given / "model" / "adapter") if (each / LORA_CONFIG).is_file()),
+        None,
     )
     if folder is None:
-        found = f"has no {CONFIG}" if given.is_dir() else "no such folder"
+        found = f"has no {LORA_CONFIG}" if given.is_dir() else "no such folder"
         raise ExportError(
             f"--loras: {given}: {found}; accepted: folders of PEFT's LoRA adapters, runs that trained one"
         )
@@ -110,7 +111,7 @@ def _check_base(folder: Path, config: dict[str, Any], base: Path, base_hash: str
     trained_on = config.get("base_model_name_or_path")
     if not trained_on:
         raise ExportError(
-            f"--loras: {folder} does not say which base it was trained on; name it in its {CONFIG}: {base}"
+            f"--loras: {folder} does not say which base it was trained on; name it in its {LORA_CONFIG}: {base}"
         )
     there = named_base(folder, config)
     if was_merged(folder) or (there is not None and fingerprint(there) == base_hash):
@@ -118,7 +119,7 @@ def _check_base(folder: Path, config: dict[str, Any], base: Path, base_hash: str
     if there is None:
         raise ExportError(
             f"--loras: {folder} was trained on {trained_on}, which is not here to compare with {base}; if they are the "
-            f"same, name {base} in its {CONFIG} (base_model_name_or_path)"
+            f"same, name {base} in its {LORA_CONFIG} (base_model_name_or_path)"
         )
     raise ExportError(f"--loras: {folder} was trained on {trained_on}, not on {base}; export that base with it")
 

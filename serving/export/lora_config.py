@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.export_paths import LORA_CONFIG, ExportError
 
-CONFIG, WEIGHTS = LORA_CONFIG, "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 # What PEFT cannot merge: it acts from some token on, over layers that stand there twice, or with a bias of its own.
 _NEVER_MERGED = ("alora_invocation_tokens", "layer_replication", "lora_bias")
@@ -19,7 +19,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises ExportError for one that cannot be read, is of another kind, or has no number for its scale.
     """
-    where = folder / CONFIG
+    where = folder / LORA_CONFIG
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from serving.directory import MANIFEST, DirectoryError, check_files, read_manifest
-from serving.export.lora_config import CONFIG, WEIGHTS, named_base, read_config
+from serving.export.lora_config import WEIGHTS, named_base, read_config
 from serving.export.refusing import refusing
-from serving.export_paths import ExportError
+from serving.export_paths import LORA_CONFIG, ExportError
 
 _ENDINGS = {"CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_CLS": ("ForSequenceClassification",),
             "TOKEN_CLS": ("ForTokenClassification",)}  # fmt: skip
@@ -31,7 +31,7 @@ def base_of(folder: Path) -> Path:
     if base is None:
         raise ExportError(
             f"{folder}: its base {named!r} is no model folder here; get the base, and name its folder in "
-            f"{CONFIG} (base_model_name_or_path)"
+            f"{LORA_CONFIG} (base_model_name_or_path)"
         )
     if (base / MANIFEST).is_file():
         try:

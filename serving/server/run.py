@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import shlex
 import signal
 import socket
 import sys
@@ -80,7 +81,7 @@ def _open_engine(folder: Path, **settings: Any) -> Engine | TaskEngine:
     if without := without_endpoint(manifest):
         raise BadInput(
             f"{folder}: its task is {without}, which has no endpoint; served are text generation and texts with one "
-            f"label; use: {COMMANDS[task or '']} {folder}"
+            f"label; use: {COMMANDS[task or '']} {shlex.quote(str(folder))}"
         )
     return TaskEngine.open(folder, **settings) if task == "classification" else Engine.open(folder, **settings)
 

@@ -160,11 +160,11 @@ def masked(tmp_path_factory):
 
 
 def test_masks_are_filled_from_export_to_answer_and_serving_them_is_refused(masked, trivet):
-    onnx_dir = masked / "onnx"
+    onnx_dir = masked / "words filled in"
     code, _, err = trivet("export", masked / "model", onnx_dir)
     assert code == 0, err
     _, _, command = err.splitlines()[-1].partition("next: trivet ")
-    assert command == f'predict {onnx_dir} --text "... [MASK] ..."'
+    assert command == f"predict '{onnx_dir}' --text \"... [MASK] ...\""
     code, _, err = trivet(*shlex.split(command))
     assert code == 0, err
     code, out, err = trivet("predict", onnx_dir, "--text", "the [MASK] brown [MASK]", "--top-k", "2")
@@ -178,4 +178,4 @@ def test_masks_are_filled_from_export_to_answer_and_serving_them_is_refused(mask
     code, _, err = trivet("serve", onnx_dir, "--port", "0")
     assert (code, "its task is masked_lm, which has no endpoint" in err) == (2, True)
     code, _, err = trivet("generate", onnx_dir, "--prompt", "x")
-    assert (code, f"its task is masked_lm, not causal_lm; use: trivet predict {onnx_dir}" in err) == (2, True)
+    assert (code, f"its task is masked_lm, not causal_lm; use: trivet predict '{onnx_dir}'" in err) == (2, True)

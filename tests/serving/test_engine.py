@@ -109,6 +109,11 @@ def test_a_setting_out_of_range_is_refused(onnx_dir, setting):
         Engine.open(onnx_dir, **setting)
 
 
+def test_many_slots_need_no_larger_step(onnx_dir, prompts):
+    many, few = (Engine.open(onnx_dir, slots=slots).generate(prompts, GREEDY) for slots in (200, 2))
+    assert [request.output_ids for request in many] == [request.output_ids for request in few]
+
+
 def test_a_full_line_is_refused_but_generate_takes_any_number(onnx_dir, prompts):
     engine = Engine.open(onnx_dir, slots=1, max_waiting=2)
     start(engine, prompts[:2])
