@@ -266,7 +266,8 @@ def read_lines():
 def child(tmp_path):
     """Return a function that runs Python code in a process of its own, and returns its exit code and output.
 
-    The processes are forked from a server that has imported the trainer once: a second each instead of ten.
+    The processes are forked from a server that has imported the trainer once: a second each instead of ten. It may be
+    a server that a test elsewhere started, without this folder's environment, so one thread is set here again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["launch.train", "trainer.loop", "deepspeed"])
@@ -275,6 +276,7 @@ def child(tmp_path):
         script, output = tmp_path / "child.py", tmp_path / "child.txt"
         redirect = (
             f"import os\nos.dup2(os.open({str(output)!r}, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1); os.dup2(1, 2)\n"
+            "import torch\ntorch.set_num_threads(1)\n"
         )
         script.write_text(redirect + code)
         process = context.Process(target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"})
