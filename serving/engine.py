@@ -34,8 +34,8 @@ class Engine:
 
     `manifest` is the directory's, `slots` how many requests run at a time, `max_length` the most tokens (prompt and
     output) of one request, `step_tokens` the token budget of a step (128, or the slots if those are more),
-    `max_waiting` the limit of the waiting line.
-    `observe` is called with each request and the logits its next token is picked from, valid during the call only.
+    `max_waiting` the limit of the waiting line. `observe` is called with each request and the logits its next token is
+    picked from, valid during the call only.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Engine:
     ) -> None:
         context_length = manifest["context_length"]
         max_length = min(context_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-        step_tokens = max(DEFAULT_STEP_TOKENS, slots) if step_tokens is None else step_tokens
         _check_range("slots", slots, 1, 4096)
+        step_tokens = max(DEFAULT_STEP_TOKENS, slots) if step_tokens is None else step_tokens
         _check_range("max_length", max_length, 2, context_length)
         _check_range("step_tokens", step_tokens, slots, 2**20)
         _check_range("max_waiting", max_waiting, 1, 2**20)
